@@ -1,0 +1,72 @@
+"""Efficient training as drop-in parts for `lightning.pytorch.Trainer`.
+
+Importing the package registers the strategy names, so that `Trainer(strategy="acp_sgd")` works. The parts themselves
+are imported when they are first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from lightning_efficient._compat import require_lightning
+
+require_lightning()
+
+import lightning_efficient.strategies as _strategies  # noqa: E402  (only once lightning is known to be there)
+
+if TYPE_CHECKING:
+    from lightning_efficient.callbacks import CompressionMonitor, OptimizerGuard
+    from lightning_efficient.cli import EfficientCLI
+    from lightning_efficient.compression import (
+        ACPSGD,
+        Compressor,
+        HalfPrecision,
+        PowerSGD,
+        SignSGD,
+        TopK,
+        register_compressor,
+    )
+    from lightning_efficient.strategies import CompressedDDPStrategy
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "ACPSGD",
+    "CompressedDDPStrategy",
+    "CompressionMonitor",
+    "Compressor",
+    "EfficientCLI",
+    "HalfPrecision",
+    "OptimizerGuard",
+    "PowerSGD",
+    "SignSGD",
+    "TopK",
+    "__version__",
+    "register_compressor",
+]
+
+_HOMES = {
+    "ACPSGD": "compression",
+    "CompressedDDPStrategy": "strategies",
+    "CompressionMonitor": "callbacks",
+    "Compressor": "compression",
+    "EfficientCLI": "cli",
+    "HalfPrecision": "compression",
+    "OptimizerGuard": "callbacks",
+    "PowerSGD": "compression",
+    "SignSGD": "compression",
+    "TopK": "compression",
+    "register_compressor": "compression",
+}
+
+if hasattr(_strategies, "register"):
+    _strategies.register()
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,6 @@
+"""Lightning callbacks: thin plugins that decide when a technique is called."""
+
+from lightning_efficient.callbacks.compression_monitor import CompressionMonitor
+from lightning_efficient.callbacks.optimizer_guard import OptimizerGuard
+
+__all__ = ["CompressionMonitor", "OptimizerGuard"]
