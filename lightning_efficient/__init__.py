@@ -58,8 +58,7 @@ _HOMES = {
     "register_compressor": "compression",
 }
 
-if hasattr(_strategies, "register"):
-    _strategies.register()
+_strategies.register()
 
 
 def __getattr__(name: str) -> Any:

@@ -48,6 +48,7 @@ class CompressionMonitor(Callback):
 
     def _reset(self) -> None:
         self._observation: Observation | None = None
+        self._due = 0
         self._seen_steps = 0
         self._logged_steps = self._logged_sent = self._logged_dense = 0
         self._exposed_s: list[float] = []
@@ -58,13 +59,18 @@ class CompressionMonitor(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         compressor = _compressor(trainer)
         self._reset()
+        self._plan(trainer.global_step)
         self._seen_steps = self._logged_steps = compressor.stats.steps
         self._logged_sent, self._logged_dense = compressor.stats.bytes_sent, compressor.stats.bytes_dense
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self._observation is None and (trainer.global_step + 1) % self.every_n_steps == 0:
+        if self._observation is None and trainer.global_step + 1 >= self._due:
             self._observation = _compressor(trainer).observe()
+
+    def _plan(self, step: int) -> None:
+        # A batch may take no step (accumulation) or several (manual optimization): a due date, not a remainder.
+        self._due = (step // self.every_n_steps + 1) * self.every_n_steps
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -78,8 +84,9 @@ class CompressionMonitor(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._observation is None or trainer.global_step % self.every_n_steps:
+        if self._observation is None or trainer.global_step < self._due:
             return
+        self._plan(trainer.global_step)
         metrics = self._collect(_compressor(trainer), self._observation)
         self._observation = None
         for logger in trainer.loggers:

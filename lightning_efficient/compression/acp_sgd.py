@@ -6,7 +6,6 @@ Source: Zhang et al., "Evaluation and Optimization of Gradient Compression for D
 Dimension letters: N rows, M columns, R rank, W ranks.
 """
 
-import torch
 from torch import Tensor
 from torch.futures import Future
 from typing_extensions import override
@@ -51,13 +50,11 @@ class ACPSGD(LowRankCompressor):
     @override
     def _reduce_compressed(self, bucket: GradBucket) -> Future[Tensor]:
         job = self._encode(bucket)
-        work = BucketWork([job.send.wire], lambda ok: self._decode(job, ok))
+        work = BucketWork(job.flat, [job.send.wire], lambda ok: self._decode(job, ok))
         return self._when_done(self._all_reduce(job.send.wire), work)
 
-    def _decode(self, job: BucketJob, ok: Verdict) -> Tensor:
+    def _decode(self, job: BucketJob, ok: Verdict) -> None:
         """Write the averaged gradients, keep the errors, and make the summed factors the next bases."""
-        if ok is False:
-            return job.flat.fill_(torch.nan)
         job.send.open()
         mean = self._mean(ok)
         kept = self._verdicts(job, ok)
@@ -68,7 +65,6 @@ class ACPSGD(LowRankCompressor):
                 self._decode_one(job, j, keep, mean)
         job.write_raw(mean)
         self._take_turns(job.layout.factors, kept)
-        return job.flat
 
     def _decode_one(self, job: BucketJob, j: int, keep: Verdict, mean: float | Tensor) -> None:
         factors, own, total = job.layout.factors[j], job.send.own[j], job.send.sum[j]
@@ -78,7 +74,7 @@ class ACPSGD(LowRankCompressor):
         if job.observation is not None:
             self._observe(job.observation, own, factors, job.scale)
         next_basis = orthogonalize(masked(total, keep), self.orthogonalization)
-        total.mul_(mean)
+        total.mul_(mean if keep is True else mean * keep)  # an unread verdict: 1/W, 0 if unused, nan if not finite
         p_mean, q_mean = (basis, total) if sends_q else (total, basis)
         write_product(p_mean, q_mean, out=job.gradient(j))
         commit(factors.sent, next_basis, keep)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.futures import Future
 
 from lightning_efficient._compat import GradBucket
-from lightning_efficient.compression.completion import AtomicStep, BucketWork, Gate, all_finite
+from lightning_efficient.compression.completion import AtomicStep, BucketWork, Gate, Verdict, all_finite
 from lightning_efficient.compression.replicas import check_same_parameters
 from lightning_efficient.compression.scale import Scale
 from lightning_efficient.compression.stats import CompressionStats
@@ -63,6 +63,7 @@ class Compressor(ABC):
         self._parameters: dict[str, torch.nn.Parameter] = {}
         self._group: dist.ProcessGroup | None = None
         self._loss_scale: LossScale | None = None
+        self._any_complex = False
         self._detect_unused = False
         self._scale = Scale(None)
         self._held: AtomicStep | None = None
@@ -99,6 +100,7 @@ class Compressor(ABC):
         new_model = known != [(name, id(p)) for name, p in trainable]
         self._parameters = dict(trainable)
         self._names = {id(p): name for name, p in trainable}
+        self._any_complex = any(p.is_complex() for _, p in trainable)
         self._group = process_group
         self._loss_scale = loss_scale
         self._detect_unused = detect_unused
@@ -131,11 +133,11 @@ class Compressor(ABC):
             self._begin_backward()
         flat = bucket.buffer()
         self.stats.buckets += 1
-        self.stats.bytes_dense += flat.numel() * flat.element_size()
-        if flat.is_sparse or flat.is_complex():
+        self.stats.bytes_dense += _payload(flat)
+        if uncompressed := self._uncompressed(flat, bucket):
             warn_once(
-                f"a bucket with {'sparse' if flat.is_sparse else 'complex'} gradients is all-reduced uncompressed: "
-                "only real dense gradients are compressed. Use dense, real parameters to have them compressed."
+                f"a bucket with {uncompressed} gradients is all-reduced uncompressed: only real dense gradients are "
+                "compressed. Use dense, real parameters to have them compressed."
             )
             future = self._reduce_dense(flat)
         elif self.step < self.warmup_steps:
@@ -145,6 +147,13 @@ class Compressor(ABC):
         if bucket.is_last():
             self._end_backward()
         return future
+
+    def _uncompressed(self, flat: Tensor, bucket: GradBucket) -> str:
+        """What keeps a bucket from being compressed; empty if nothing does."""
+        if flat.is_sparse:
+            return "sparse"
+        # DDP hands complex gradients over as twice as many real numbers: the buffer does not tell.
+        return "complex" if self._any_complex and any(p.is_complex() for p in bucket.parameters()) else ""
 
     @abstractmethod
     def _reduce_compressed(self, bucket: GradBucket) -> Future[Tensor]:
@@ -158,7 +167,11 @@ class Compressor(ABC):
         """Average as plain DDP does: divide, then sum."""
         self.stats.dense_buckets += 1
         flat.div_(self.world_size)
-        return self._all_reduce(flat).then(_first)
+        future = self._all_reduce(flat)
+        if self._held is None:
+            return future.then(_first)
+        # An overflow in this bucket must hold back the state of the compressed ones.
+        return self._when_done(future, BucketWork(flat, [flat], lambda ok: None))
 
     def _begin_backward(self) -> None:
         """The first bucket of a backward pass is ready."""
@@ -193,12 +206,19 @@ class Compressor(ABC):
 
         def write(done: Future[list[Tensor]]) -> Tensor:
             done.value()
-            return work.write(all_finite(work.received))
+            return work.finish(all_finite(work.received))
 
         if gate is None:
             return future.then(write)
         gate.follow(future, write)
         return gate.future
+
+    def _mean(self, ok: Verdict) -> float | Tensor:
+        """1/W, or nan where a verdict that nobody has read yet is false."""
+        mean = 1 / self.world_size
+        if isinstance(ok, bool):
+            return mean
+        return torch.full((), mean, dtype=torch.float64, device=ok.device).masked_fill(~ok, torch.nan)
 
     # ---- collectives, counted --------------------------------------------------------------------------------------
 
@@ -219,9 +239,8 @@ class Compressor(ABC):
         return work.get_future()
 
     def _count(self, tensor: Tensor) -> None:
-        elements = tensor._nnz() if tensor.is_sparse else tensor.numel()
         self.stats.collectives += 1
-        self.stats.bytes_sent += elements * tensor.element_size()
+        self.stats.bytes_sent += _payload(tensor)
 
     # ---- observation -----------------------------------------------------------------------------------------------
 
@@ -274,7 +293,6 @@ class Compressor(ABC):
             self._pending_state = dict(state)
 
     def _load(self, state: dict[str, Any]) -> None:
-        self.step = int(state["step"])
         saved, expected = state["parameters"], self._stateful_names()
         missing, unexpected = sorted(expected - saved.keys()), sorted(saved.keys() - expected)
         if missing or unexpected:
@@ -284,6 +302,7 @@ class Compressor(ABC):
                 "checkpoint, or load only the weights."
             )
         self._load_parameter_states(saved)
+        self.step = int(state["step"])
 
     def _settings(self) -> dict[str, Any]:
         """The settings a saved state depends on."""
@@ -362,6 +381,12 @@ class Observation:
         if not self._sent:
             return 0.0, 0.0
         return float(torch.stack(self._sent).sum()), float(torch.stack(self._left).sum())
+
+
+def _payload(tensor: Tensor) -> int:
+    """Bytes a collective sends of a tensor: of a sparse one, its values and their indices."""
+    parts = (tensor._values(), tensor._indices()) if tensor.is_sparse else (tensor,)
+    return sum(part.numel() * part.element_size() for part in parts)
 
 
 def _first(future: Future[list[Tensor]]) -> Tensor:

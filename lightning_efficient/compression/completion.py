@@ -22,13 +22,22 @@ class BucketWork:
     """What is left to do for one bucket when its collective is done.
 
     Attributes:
+        flat: the bucket's buffer, which DDP gets back.
         received: what the collectives delivered, the same on every rank; decides whether the step is finite.
-        write: writes the averaged gradients into the bucket and commits the state, or, given a false verdict, fills
-            the bucket with nan and leaves the state alone; returns the bucket's buffer.
+        write: writes the averaged gradients into ``flat`` and commits the state. Not called where the verdict is known
+            to be false; given a verdict on a device that turns out false, it must leave nan and not commit.
     """
 
+    flat: Tensor
     received: Sequence[Tensor]
-    write: Callable[[Verdict], Tensor]
+    write: Callable[[Verdict], object]
+
+    def finish(self, ok: Verdict) -> Tensor:
+        """Write the bucket, or fill it with nan and leave the state alone."""
+        if ok is False:
+            return self.flat.fill_(torch.nan)
+        self.write(ok)
+        return self.flat
 
 
 class Gate:
@@ -88,16 +97,22 @@ class AtomicStep:
                 future.value()
             verdict = all_finite([tensor for work in self._works for tensor in work.received])
             for work, gate in zip(self._works, self._gates, strict=True):
-                gate.open(work.write(verdict))
+                gate.open(work.finish(verdict))
                 opened += 1
         except Exception as error:
             for gate in self._gates[opened:]:
                 gate.break_(error)
 
 
+def poison(flat: Tensor, ok: Verdict) -> None:
+    """Fill with nan where a verdict that stays on the device is false."""
+    if isinstance(ok, Tensor):
+        flat.masked_fill_(~ok, torch.nan)
+
+
 def all_finite(tensors: Sequence[Tensor]) -> Verdict:
     """Whether all values of all tensors are finite."""
-    flags = [tensor.isfinite().all() for tensor in tensors]
+    flags = [(tensor._values() if tensor.is_sparse else tensor).isfinite().all() for tensor in tensors]
     if flags[0].device.type == "cpu":
         return all(bool(flag) for flag in flags)
     return torch.stack(flags).all()

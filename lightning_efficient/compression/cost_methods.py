@@ -251,7 +251,14 @@ class TopKCost(Method):
 
 @dataclass(frozen=True)
 class SignCost(Method):
-    """Sign-SGD with majority vote: an all-gather of one bit per element; the vote unpacks the bits of all W ranks."""
+    """Sign-SGD with majority vote: an all-gather of one bit per element; the vote unpacks the bits of all W ranks.
+
+    Args:
+        schedule: see :class:`Method`.
+        used_flags: whether a byte per gradient, which says if it was used, and one for the bucket go with the bits.
+    """
+
+    used_flags: bool = True
 
     @property
     @override
@@ -261,10 +268,10 @@ class SignCost(Method):
     @override
     def plan(self, shapes: Sequence[Shape], *, phase: int, world_size: int, device: DeviceModel) -> BucketPlan:
         d = _elements(shapes)
-        packed = math.ceil(d / 8)
-        compress_s = device.seconds(n_bytes=4 * d + 2 * d + packed)  # read, one byte per sign, pack
-        vote_s = device.seconds(n_bytes=world_size * (packed + 2 * d), ops=world_size) + device.seconds(n_bytes=5 * d)
-        return BucketPlan((Round("all_gather", packed),), compress_s=compress_s, decompress_s=vote_s)
+        n_bytes = math.ceil(d / 8) + (len(shapes) + 1 if self.used_flags else 0)
+        compress_s = device.seconds(n_bytes=4 * d + 2 * d + n_bytes)  # read, one byte per sign, pack
+        vote_s = device.seconds(n_bytes=world_size * (n_bytes + 2 * d), ops=world_size) + device.seconds(n_bytes=5 * d)
+        return BucketPlan((Round("all_gather", n_bytes),), compress_s=compress_s, decompress_s=vote_s)
 
 
 def _elements(shapes: Iterable[Shape]) -> int:

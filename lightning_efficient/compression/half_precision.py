@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from lightning_efficient._compat import GradBucket
 from lightning_efficient.compression.base import Compressor
-from lightning_efficient.compression.completion import BucketWork, Verdict
+from lightning_efficient.compression.completion import BucketWork, Verdict, poison
 
 HalfDtype = Literal["bfloat16", "float16"]
 
@@ -38,9 +38,11 @@ class HalfPrecision(Compressor):
     @override
     def _reduce_compressed(self, bucket: GradBucket) -> Future[Tensor]:
         flat = bucket.buffer()
-        wire = flat.div(self.world_size).to(getattr(torch, self.dtype))
+        wire = torch.empty_like(flat, dtype=getattr(torch, self.dtype))
+        torch.div(flat, self.world_size, out=wire)  # rounds on the way out: no wide copy
 
-        def write(ok: Verdict) -> Tensor:
-            return flat.fill_(torch.nan) if ok is False else flat.copy_(wire)
+        def write(ok: Verdict) -> None:
+            flat.copy_(wire)
+            poison(flat, ok)
 
-        return self._when_done(self._all_reduce(wire), BucketWork([wire], write))
+        return self._when_done(self._all_reduce(wire), BucketWork(flat, [wire], write))

@@ -216,11 +216,6 @@ class LowRankCompressor(Compressor):
         used = job.send.flags > 0
         return used.tolist() if ok is True else list((ok & used).unbind())
 
-    def _mean(self, ok: Verdict) -> float | Tensor:
-        """1/W, or nan where a verdict that nobody has read yet is false."""
-        mean = 1 / self.world_size
-        return mean if isinstance(ok, bool) else torch.where(ok, mean, torch.nan)
-
     def _corrected(self, grad_NM: Tensor, factors: Factors, scale: "Scale") -> Tensor:
         """``A = M + S E``, in the gradient's own storage where its dtype allows."""
         a_NM = grad_NM.to(factors.q_RM.dtype)
@@ -336,6 +331,8 @@ class LowRankCompressor(Compressor):
                     "parameter changed its shape or memory format. Resume with the model of the checkpoint, or load "
                     "only the weights."
                 )
+        for name, state in states.items():  # only now that all of them fit
+            factors = self._factors[name]
             factors.p_RN.copy_(state["P"])
             factors.q_RM.copy_(state["Q"])
             factors.sends_q = bool(state["sends_q"])
@@ -356,15 +353,17 @@ class DeferredTurns:
         if all(isinstance(keep, bool) for keep in kept):
             self._kept = [bool(keep) for keep in kept]
         else:
-            flags = torch.stack([keep for keep in kept if isinstance(keep, Tensor)])
-            self._kept = torch.empty(flags.shape, dtype=torch.bool, pin_memory=True).copy_(flags, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
+            self._kept = torch.stack([keep for keep in kept if isinstance(keep, Tensor)])
+            if self._kept.is_cuda:
+                host = torch.empty(self._kept.shape, dtype=torch.bool, pin_memory=True)
+                self._kept = host.copy_(self._kept, non_blocking=True)
+                self._event = torch.cuda.Event()
+                self._event.record()
 
     @property
     def ready(self) -> bool:
-        """Whether the verdicts are on the host."""
-        return self._event is None
+        """Whether the verdicts can be read without waiting."""
+        return isinstance(self._kept, list)
 
     def take(self) -> None:
         """Swap roles where the verdict is true."""

@@ -50,5 +50,7 @@ def _cholesky_qr2(x_RD: Tensor) -> Tensor | None:
         safe = (info == 0).all() & (pivots.amin(-1) > smallest_safe * pivots.amax(-1)).all()
         if not bool(safe):
             return None
-        q_RD = torch.linalg.solve_triangular(chol_RR, q_RD, upper=False)
+        # Inverting the small triangle turns the solve over D columns into a product, which is several times faster.
+        identity = torch.eye(chol_RR.shape[-1], dtype=x_RD.dtype, device=x_RD.device)
+        q_RD = torch.linalg.solve_triangular(chol_RR, identity, upper=False) @ q_RD
     return q_RD

@@ -6,7 +6,6 @@ Source: Vogels et al., "PowerSGD: Practical Low-Rank Gradient Compression for Di
 Dimension letters: N rows, M columns, R rank, W ranks.
 """
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.futures import Future
@@ -78,12 +77,10 @@ class PowerSGD(LowRankCompressor):
         for p_RN, a_NM, own in zip(bases, job.corrected, send.own, strict=True):
             project(p_RN, a_NM, out=own)
         send.seal()
-        work = BucketWork([job.send.wire, send.wire], lambda ok: self._decode(job, send, bases, ok))
+        work = BucketWork(job.flat, [job.send.wire, send.wire], lambda ok: self._decode(job, send, bases, ok))
         self._when_done(self._all_reduce(send.wire), work, stage.gate)
 
-    def _decode(self, job: BucketJob, send: SendBuffer, bases: list[Tensor], ok: Verdict) -> Tensor:
-        if ok is False:
-            return job.flat.fill_(torch.nan)
+    def _decode(self, job: BucketJob, send: SendBuffer, bases: list[Tensor], ok: Verdict) -> None:
         send.open()
         mean = self._mean(ok)
         for j, keep in enumerate(self._verdicts(job, ok)):
@@ -94,11 +91,10 @@ class PowerSGD(LowRankCompressor):
             self._keep_error(job.corrected[j], bases[j], send.own[j], factors, job.scale, keep)
             if job.observation is not None:
                 self._observe(job.observation, send.own[j], factors, job.scale)
-            total = send.sum[j].mul_(mean)
+            total = send.sum[j].mul_(mean if keep is True else mean * keep)  # see ACPSGD
             write_product(bases[j], total, out=grad_NM)
             commit(factors.q_RM, total, keep)
         job.write_raw(mean)
-        return job.flat
 
 
 class _SecondStage:

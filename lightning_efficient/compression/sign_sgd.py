@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from lightning_efficient._compat import GradBucket
 from lightning_efficient.compression.base import Compressor
-from lightning_efficient.compression.completion import BucketWork, Verdict
+from lightning_efficient.compression.completion import BucketWork, Verdict, poison
 
 _BITS = 8
 
@@ -50,16 +50,17 @@ class SignSGD(Compressor):
         gathered = sent.new_empty(self.world_size, sent.numel())
         scale = self._scale
 
-        def write(ok: Verdict) -> Tensor:
+        def write(ok: Verdict) -> None:
             # The payload holds no floats: whether a rank met nan is its last byte.
             votes, nonzero = gathered[:, : packed.numel()], gathered[:, packed.numel() :].amax(0)
             count_votes(votes, out=flat)
             for part, any_rank in zip(flat.split(numels), nonzero[:-1], strict=True):
                 part.mul_(any_rank)
             flat.masked_fill_(nonzero[-1].bool(), torch.nan)
-            return scale.rescale_(flat)
+            scale.rescale_(flat)
+            poison(flat, ok)
 
-        return self._when_done(self._all_gather(gathered, sent), BucketWork([gathered], write))
+        return self._when_done(self._all_gather(gathered, sent), BucketWork(flat, [gathered], write))
 
 
 def pack_signs(x: Tensor, *, zero_votes_plus: bool) -> Tensor:
@@ -77,6 +78,9 @@ def pack_signs(x: Tensor, *, zero_votes_plus: bool) -> Tensor:
 def count_votes(packed_WB: Tensor, *, out: Tensor) -> None:
     """``out = sign(sum_w sign_w)`` of the signs that W ranks packed."""
     ranks, width = packed_WB.shape
+    count = torch.uint8 if ranks <= torch.iinfo(torch.uint8).max else torch.int32
     for j, part in enumerate(out.split(width)):
-        for_plus = ((packed_WB[:, : part.numel()] >> j) & 1).sum(0, dtype=torch.int32)
-        part.copy_((2 * for_plus - ranks).sign_())
+        for_plus = torch.zeros(part.numel(), dtype=count, device=out.device)
+        for packed in packed_WB[:, : part.numel()]:  # bytes stay bytes: this is memory traffic, not arithmetic
+            for_plus += (packed >> j) & 1
+        part.copy_(for_plus).mul_(2).sub_(ranks).sign_()

@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from lightning_efficient._compat import GradBucket
 from lightning_efficient.compression.base import Compressor, Observation
-from lightning_efficient.compression.completion import BucketWork, Verdict
+from lightning_efficient.compression.completion import BucketWork, Verdict, poison
 from lightning_efficient.compression.factors import commit, compute_dtype
 from lightning_efficient.compression.scale import Scale
 
@@ -81,12 +81,10 @@ class TopK(Compressor):
         received = _Payload(gathered, count)
         job = _Job(flat, corrected, parts, names, chosen, received, self._scale, self._observation)
         # Positions are integers in the clothes of floats: only the values can say whether the step is finite.
-        work = BucketWork([received.values], lambda ok: self._decode(job, ok))
+        work = BucketWork(flat, [received.values], lambda ok: self._decode(job, ok))
         return self._when_done(self._all_gather(gathered, sent), work)
 
-    def _decode(self, job: "_Job", ok: Verdict) -> Tensor:
-        if ok is False:
-            return job.flat.fill_(torch.nan)
+    def _decode(self, job: "_Job", ok: Verdict) -> None:
         values, positions = job.received.values, job.received.positions
         used = job.received.used
         verdicts: list[Verdict] = [ok] * len(job.names) if used is None else list((used & ok).unbind())
@@ -95,13 +93,13 @@ class TopK(Compressor):
         if self.error_feedback:
             self._keep_errors(job, verdicts)
         job.flat.zero_()
-        mean = torch.where(ok, 1 / self.world_size, torch.nan) if isinstance(ok, Tensor) else 1 / self.world_size
+        mean = self._mean(ok)
         for rank in range(self.world_size):  # one rank at a time: each has no position twice, so the order is fixed
             job.flat.index_add_(0, positions[rank], (values[rank] * mean).to(job.flat.dtype))
         if used is not None:  # no rank used it: DDP discards the gradient, so nothing may leave the error buffer
             for part, keep in zip(job.flat.split([p.numel() for p in job.parts]), verdicts, strict=True):
                 part.mul_(keep)
-        return job.flat
+        poison(job.flat, ok)
 
     def _keep_errors(self, job: "_Job", verdicts: list[Verdict]) -> None:
         own = job.corrected[job.chosen] if job.observation is not None else None

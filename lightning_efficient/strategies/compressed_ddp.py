@@ -1,6 +1,7 @@
 """DDP with compressed gradients, as a Lightning Strategy."""
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from lightning.fabric.utilities.types import _PATH
@@ -52,6 +53,7 @@ class CompressedDDPStrategy(DDPStrategy):
 
     Raises:
         ValueError: an argument that DDP alone would take over, or an unknown compressor.
+        TypeError: an argument that neither DDPStrategy nor DistributedDataParallel knows.
 
     Example::
 
@@ -77,14 +79,24 @@ class CompressedDDPStrategy(DDPStrategy):
                 f"replica_check_every_n_steps is {replica_check_every_n_steps}: it counts steps. Set 0 to never check."
             )
         super().__init__(**kwargs)
+        _check_known(self._ddp_kwargs)
         self.compressor = _build(compressor)
         self.replica_check_every_n_steps = replica_check_every_n_steps
         self.save_error = save_error
         self._restored: dict[str, Any] | None = None
         self._resuming = False
         self._optimizer_steps = 0
+        self._compressed: LightningModule | None = None
+        self._steps_at_update = 0
+        self._warned_of_backwards = False
 
     # ---- set-up ----------------------------------------------------------------------------------------------------
+
+    @override
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        # What a run that failed before configure_ddp left behind must not reach this one.
+        self._restored, self._resuming = None, False
 
     @override
     def configure_ddp(self) -> None:
@@ -102,6 +114,8 @@ class CompressedDDPStrategy(DDPStrategy):
                 "checkpoint written with this strategy (and not with save_weights_only=True) to continue exactly."
             )
         self._restored, self._resuming = None, False
+        self._steps_at_update = self.compressor.stats.steps
+        self._compressed = self._module
 
     def _check_static_graph(self, module: LightningModule) -> None:
         trainer = module.trainer
@@ -129,25 +143,34 @@ class CompressedDDPStrategy(DDPStrategy):
         model: LightningModule | Module | None = None,
         **kwargs: Any,
     ) -> Any:
-        backwards = self.compressor.stats.steps
         output = super().optimizer_step(optimizer, closure, model, **kwargs)
-        if self.compressor.stats.steps - backwards > 1 and not isinstance(optimizer, LBFGS):
-            rank_zero_warn(
-                "several synchronised backward passes ran in one optimizer step: gradients that were already averaged "
-                "are compressed again. Use accumulate_grad_batches, or no_sync() for all passes but the last."
-            )
+        self._check_backwards(optimizer)
         self._optimizer_steps += 1
         every = self.replica_check_every_n_steps
         if every and self._optimizer_steps % every == 0:
-            check_replicas(self._module.named_parameters(), step=self._optimizer_steps)
+            check_replicas(self._module.named_parameters(), step=self._module.trainer.global_step + 1)
         return output
+
+    def _check_backwards(self, optimizer: Optimizer) -> None:
+        """Warn once where synchronised backward passes pile up before an update, which manual optimization allows."""
+        backwards = self.compressor.stats.steps - self._steps_at_update
+        self._steps_at_update = self.compressor.stats.steps
+        # Gradients are zeroed before each backward that Lightning runs itself, and in the closures of LBFGS.
+        if self._module.automatic_optimization or isinstance(optimizer, LBFGS) or self._warned_of_backwards:
+            return
+        if backwards > len(self.optimizers):  # each optimizer's own backward may come before the first update
+            self._warned_of_backwards = True
+            rank_zero_warn(
+                "several synchronised backward passes ran in one optimizer step: gradients that were already averaged "
+                "are compressed again. Run all passes but the last under trainer.model.no_sync()."
+            )
 
     # ---- checkpoints -----------------------------------------------------------------------------------------------
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
         weights_only = "optimizer_states" not in checkpoint
-        if not weights_only and isinstance(self.model, DistributedDataParallel):
+        if not weights_only and self._compressed is self._module:
             # After an exception the other ranks may not be here: nothing collective may start.
             together = self._module.trainer.state.status != TrainerStatus.INTERRUPTED
             if not together and self.save_error:
@@ -160,9 +183,12 @@ class CompressedDDPStrategy(DDPStrategy):
     @override
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
-        self._resuming = self._module.trainer.state.fn == TrainerFn.FITTING
-        # Restoring runs before DDP exists: kept until configure_ddp.
-        self._restored = checkpoint.get(CHECKPOINT_KEY) if self._resuming else None
+        if self._module.trainer.state.fn == TrainerFn.FITTING:
+            state = checkpoint.get(CHECKPOINT_KEY)
+            if not isinstance(self.model, DistributedDataParallel):  # restoring comes before configure_ddp
+                self._restored, self._resuming = state, True
+            elif state is not None:  # in the middle of fit the tuner puts back what it saved before its trials
+                self.compressor.load_state_dict(state)
         return checkpoint
 
     @property
@@ -182,12 +208,22 @@ class CompressedDDPStrategy(DDPStrategy):
         stats = self.compressor.stats
         if stats.steps:
             rank_zero_info(
-                f"{type(self.compressor).__name__}: {stats.steps} steps sent {_mib(stats.bytes_sent)} per rank instead "
-                f"of {_mib(stats.bytes_dense)} ({stats.ratio:.1f}x fewer bytes, "
+                f"{type(self.compressor).__name__}: {stats.steps} steps sent {_size(stats.bytes_sent)} per rank instead "
+                f"of {_size(stats.bytes_dense)} ({stats.ratio:.1f}x fewer bytes, "
                 f"{stats.collectives / stats.steps:.1f} collectives per step)"
             )
         elif self._optimizer_steps:
             rank_zero_warn("gradient compression did nothing: no synchronised backward pass reached its hook.")
+
+
+def _check_known(ddp_kwargs: Iterable[str]) -> None:
+    """Refuse now what DistributedDataParallel would refuse once all processes run."""
+    known = inspect.signature(DistributedDataParallel).parameters
+    if unknown := sorted(set(ddp_kwargs) - known.keys()):
+        raise TypeError(
+            f"CompressedDDPStrategy got an unexpected argument {unknown[0]!r}: neither DDPStrategy nor "
+            "DistributedDataParallel has it. Remove it; settings of a compressor go to the compressor itself."
+        )
 
 
 def _build(compressor: Compressor | str | None) -> Compressor:
@@ -203,5 +239,5 @@ def _build(compressor: Compressor | str | None) -> Compressor:
     return COMPRESSORS[compressor]()
 
 
-def _mib(size: int) -> str:
-    return f"{size / 2**20:.1f} MiB"
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 2**20:.1f} MiB" if nbytes >= 2**20 else f"{nbytes / 2**10:.1f} KiB"

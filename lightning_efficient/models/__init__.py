@@ -1,0 +1,21 @@
+"""Models that recipes run on: an in-tree Llama, any transformers causal LM, and small vision nets."""
+
+from lightning_efficient.models.causal_lm import CausalLM, LlamaLM
+from lightning_efficient.models.classifier import Classifier
+from lightning_efficient.models.hf import HFCausalLM
+from lightning_efficient.models.llama import LLAMA_PRESETS, Llama, LlamaConfig
+from lightning_efficient.models.mlp import AutoEncoder, MLPClassifier
+from lightning_efficient.models.vision import ResNetClassifier
+
+__all__ = [
+    "LLAMA_PRESETS",
+    "AutoEncoder",
+    "CausalLM",
+    "Classifier",
+    "HFCausalLM",
+    "Llama",
+    "LlamaConfig",
+    "LlamaLM",
+    "MLPClassifier",
+    "ResNetClassifier",
+]

@@ -1,0 +1,122 @@
+"""Any causal language model of transformers as a LightningModule (extra ``hf``)."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_efficient.models.causal_lm import CausalLM
+
+
+class HFCausalLM(CausalLM):
+    """A transformers model: a new one from a configuration, or a trained one from a folder or the hub.
+
+    The model is built in ``configure_model``, hence after the strategy is known and never while a YAML file is parsed.
+
+    Args:
+        source: a dict with ``model_type`` and the fields of its configuration (random weights, no network); or the
+            folder or hub name of a trained model.
+        activation_checkpointing: recompute layers in backward instead of storing their activations.
+        dtype: name of a torch dtype in which the weights are held.
+        optimizer: called with the parameters that train, in ``configure_optimizers``.
+        lr_scheduler: called with the optimizer; advances once per step.
+
+    Raises:
+        ValueError: the dict names no model type, or ``dtype`` is not a floating-point dtype.
+        ModuleNotFoundError: transformers is not installed (when the model is built).
+    """
+
+    def __init__(
+        self,
+        source: str | dict[str, Any],
+        *,
+        activation_checkpointing: bool = False,
+        dtype: str = "float32",
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-4),
+        lr_scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__(optimizer, lr_scheduler)
+        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
+        if isinstance(source, dict) and "model_type" not in source:
+            raise ValueError(
+                f"The model's configuration has no model_type (it has {', '.join(source) or 'nothing'}): transformers "
+                "cannot tell which model to build. Add, for example, model_type: llama."
+            )
+        self.source = source
+        self.activation_checkpointing = activation_checkpointing
+        self.dtype_of_weights = _floating_dtype(dtype)
+        self.model: nn.Module | None = None
+
+    @override
+    def configure_model(self) -> None:
+        """Build the model, once.
+
+        Raises:
+            ValueError: transformers cannot find or read ``source``.
+            ModuleNotFoundError: transformers is not installed.
+        """
+        if self.model is not None:
+            return
+        try:
+            import transformers
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                "HFCausalLM needs transformers, but it is not installed. "
+                "Install it with: pip install 'lightning-efficient[hf]'"
+            ) from error
+        auto_model: Any = transformers.AutoModelForCausalLM
+        # The key-value cache only serves generation; in training it would hold every layer's keys and values.
+        if isinstance(self.source, dict):
+            config = transformers.AutoConfig.for_model(**self.source)
+            config.use_cache = False
+            model = auto_model.from_config(config, dtype=self.dtype_of_weights)
+        else:
+            try:
+                model = auto_model.from_pretrained(self.source, dtype=self.dtype_of_weights, use_cache=False)
+            except (OSError, ValueError) as error:
+                raise ValueError(
+                    f"transformers cannot load a model from {self.source!r} ({_first_line(error)}). Give a folder made "
+                    "by save_pretrained, a hub name (this needs a network), or a configuration dict for random weights."
+                ) from error
+        if self.activation_checkpointing:
+            if hasattr(model, "activation_checkpointing_enable"):
+                model.activation_checkpointing_enable({"use_reentrant": False})
+            else:  # its older name
+                model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.model = model.train()
+
+    @property
+    @override
+    def vocab_size(self) -> int:
+        return int(self._built().config.vocab_size)
+
+    @override
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Return the logits (B, T, V) of the token ids (B, T)."""
+        logits_BTV: Tensor = self._built()(input_ids=input_ids).logits
+        return logits_BTV
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the model as a folder that transformers, and ``HFCausalLM(folder)``, can load."""
+        self._built().save_pretrained(folder)
+
+    def _built(self) -> Any:
+        if self.model is None:
+            raise RuntimeError(
+                "The HFCausalLM has no model yet: a Trainer builds it after setup. Call configure_model() first."
+            )
+        return self.model
+
+
+def _floating_dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype is {name!r}: weights need a floating-point torch dtype. Use float32 or bfloat16.")
+    return dtype
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
