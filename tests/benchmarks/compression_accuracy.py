@@ -90,9 +90,7 @@ def digits(seed: int, steps: int, make_compressor: MakeCompressor) -> tuple[floa
     x_train, x_test = (torch.tensor(part, dtype=torch.float32) for part in split[:2])
     y_train, y_test = (torch.tensor(part) for part in split[2:])
     torch.manual_seed(seed)
-    model = nn.Sequential(
-        nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10)
-    )
+    model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
     order = torch.Generator().manual_seed(seed)
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
