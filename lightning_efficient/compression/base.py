@@ -23,7 +23,7 @@ from lightning_efficient.compression.scale import Scale
 from lightning_efficient.compression.stats import CompressionStats
 from lightning_efficient.compression.warnings import warn_once
 
-LossScale = Callable[[], Tensor | None]
+LossScale = Callable[[], Tensor | float | None]
 """Returns the factor by which the running backward pass has scaled its loss, or None when it is not scaled."""
 
 STATE_VERSION = 1
@@ -107,11 +107,15 @@ class Compressor(ABC):
         if self.world_size == 1:
             warn_once("gradient compression has no effect: the process group has one rank. Use two devices or more.")
         if new_model:
-            self.step = 0
-            self._on_bind()
+            self.reset()
         if self._pending_state is not None:
             state, self._pending_state = self._pending_state, None
             self._load(state)
+
+    def reset(self) -> None:
+        """Forget what is carried between steps, as if training began; the counters go on."""
+        self.step = 0
+        self._on_bind()
 
     @property
     def world_size(self) -> int:
@@ -255,9 +259,9 @@ class Compressor(ABC):
         """Everything a resumed run needs, as plain tensors, numbers, strings and dicts keyed by parameter name.
 
         Args:
-            sync: store the mean error over the ranks, which is all that the future depends on, so that the state
-                resumes exactly on any number of ranks. This is a collective: every rank calls it. False stores this
-                rank's own error and communicates nothing.
+            sync: store the mean error over the ranks. It is all that the future of a low-rank compressor depends on,
+                so the state resumes exactly on any number of ranks. This is a collective: every rank calls it. False
+                stores this rank's own error and communicates nothing.
             include_error: store the error buffers, which are as large as the gradients.
         """
         return {
@@ -319,9 +323,8 @@ class Compressor(ABC):
     def _load_parameter_states(self, states: dict[str, dict[str, Any]]) -> None:  # noqa: B027  # likewise
         """Inverse of :meth:`_parameter_states`; the names have been checked."""
 
-    def _restore_error(self, name: str, error: Tensor, state: dict[str, Any]) -> None:
-        """Inverse of :meth:`_mean_error`, from the state of one parameter."""
-        saved = state.get("error")
+    def _restore_error(self, name: str, error: Tensor, saved: Tensor | None) -> None:
+        """Fill an error buffer from a checkpoint, which may hold none."""
         if saved is None:
             error.zero_()
             warn_once(

@@ -35,8 +35,9 @@ class BucketWork:
     def finish(self, ok: Verdict) -> Tensor:
         """Write the bucket, or fill it with nan and leave the state alone."""
         if ok is False:
-            return self.flat.fill_(torch.nan)
-        self.write(ok)
+            (self.flat._values() if self.flat.is_sparse else self.flat).fill_(torch.nan)
+        else:
+            self.write(ok)
         return self.flat
 
 

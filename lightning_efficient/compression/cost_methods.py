@@ -224,7 +224,7 @@ class TopKCost(Method):
         schedule: see :class:`Method`.
         density: share of elements kept, in (0, 1].
         pair_bytes: bytes of a value and its index.
-        select_passes: times the selection reads the bucket.
+        select_passes: times the selection reads a gradient.
     """
 
     density: float = 0.001
@@ -243,7 +243,7 @@ class TopKCost(Method):
     @override
     def plan(self, shapes: Sequence[Shape], *, phase: int, world_size: int, device: DeviceModel) -> BucketPlan:
         d = _elements(shapes)
-        n_bytes = self.pair_bytes * max(1, round(self.density * d))
+        n_bytes = self.pair_bytes * sum(max(1, round(self.density * math.prod(shape))) for shape in shapes)
         compress_s = device.seconds(n_bytes=12 * d) + device.seconds(n_bytes=4 * d * self.select_passes)
         decompress_s = device.seconds(n_bytes=4 * d) + device.seconds(n_bytes=2 * world_size * n_bytes, ops=world_size)
         return BucketPlan((Round("all_gather", n_bytes),), compress_s=compress_s, decompress_s=decompress_s)

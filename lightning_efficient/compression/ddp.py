@@ -24,13 +24,14 @@ def register_compressor(
     Args:
         ddp_model: a model wrapped in DDP, without a communication hook.
         compressor: for example ``ACPSGD(rank=4)``; one compressor serves one model.
-        loss_scale: with a ``torch.amp.GradScaler``, a function that returns the scale in force as a tensor.
+        loss_scale: with a ``torch.amp.GradScaler``, a function that returns the scale in force, such as
+            ``scaler.get_scale``; returning a tensor on the device spares the GPU a wait.
 
     Returns:
         ``compressor``, whose ``stats`` tell what it did.
 
     Raises:
-        ValueError: the model already has a communication hook.
+        ValueError: the model already has a communication hook, or an option that lets buckets bypass it.
         RuntimeError: the parameters differ across ranks.
 
     Example::
@@ -42,6 +43,11 @@ def register_compressor(
         raise ValueError(
             "the DDP model already has a communication hook: DDP takes one. Wrap the model anew, or leave out the "
             "other hook."
+        )
+    if getattr(ddp_model, "skip_all_reduce_unused_params", False):  # an option of recent torch
+        raise ValueError(
+            "the DDP model has skip_all_reduce_unused_params=True: buckets that bypass the hook leave the compressor "
+            "waiting for them. Leave the option out; find_unused_parameters=True works."
         )
     named = [
         (name.replace(_COMPILED, ""), p)

@@ -158,3 +158,8 @@ def commit(target: Tensor, value: Tensor, keep: Verdict) -> None:
 def masked(x: Tensor, keep: Verdict) -> Tensor:
     """``x``, or zeros where a verdict that stays on the device is false: for kernels that must not meet nan."""
     return x if isinstance(keep, bool) else torch.where(keep, x, torch.zeros_like(x))
+
+
+def square_sum(x: Tensor) -> Tensor:
+    """Squared Euclidean norm, summed in float64."""
+    return x.square().sum(dtype=torch.float64)

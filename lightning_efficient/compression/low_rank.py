@@ -24,6 +24,7 @@ from lightning_efficient.compression.factors import (
     commit,
     compute_dtype,
     project,
+    square_sum,
     subtract_product,
 )
 from lightning_efficient.compression.matrices import MatrixSpec, is_batched, is_excluded, matrix_spec
@@ -159,7 +160,7 @@ class LowRankCompressor(Compressor):
         key = tuple(map(id, parameters))
         layout = self._layouts.get(key)
         if layout is None:
-            names = [self._names[id(p)] for p in parameters]
+            names = [self._names.get(id(p), "") for p in parameters]  # "": frozen after DDP took it, so sent raw
             matrices = [i for i, name in enumerate(names) if name in self._factors]
             layout = self._layouts[key] = BucketLayout(
                 numels=[p.numel() for p in parameters],
@@ -257,7 +258,7 @@ class LowRankCompressor(Compressor):
     def _observe(self, observation: Observation, own_factor: Tensor, factors: Factors, scale: "Scale") -> None:
         if factors.error_NM is not None:
             sent = scale.unscale_(own_factor.detach().clone())
-            observation.add(_square_sum(sent), _square_sum(factors.error_NM))
+            observation.add(square_sum(sent), square_sum(factors.error_NM))
 
     # ---- warm-up ---------------------------------------------------------------------------------------------------
 
@@ -337,7 +338,12 @@ class LowRankCompressor(Compressor):
             factors.q_RM.copy_(state["Q"])
             factors.sends_q = bool(state["sends_q"])
             if factors.error_NM is not None:
-                self._restore_error(name, factors.error_NM, state)
+                self._restore_error(name, factors.error_NM, state.get("error"))
+            elif "error" in state:
+                warn_once(
+                    "the checkpoint holds error buffers and error_feedback is False: what they carry is dropped. Set "
+                    "error_feedback=True to go on with them."
+                )
 
 
 class DeferredTurns:
@@ -372,10 +378,6 @@ class DeferredTurns:
         for factors, keep in zip(self._factors, self._kept, strict=True):
             if bool(keep):
                 factors.sends_q = not factors.sends_q
-
-
-def _square_sum(x: Tensor) -> Tensor:
-    return x.square().sum(dtype=torch.float64)
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:

@@ -44,12 +44,21 @@ def matrix_spec(parameter: Tensor, rank: int, *, batched: bool = False) -> Matri
     """Read a parameter as matrices: (shape[0], rest), or with ``batched`` one (shape[1], rest) per leading index.
 
     Returns None for tensors with fewer than two dimensions (three when ``batched``), and for complex or empty ones.
+
+    Raises:
+        ValueError: ``batched``, and the leading dimension is not the outermost in memory.
     """
     lead = 1 if batched else 0
     if parameter.dim() < lead + 2 or parameter.is_complex() or parameter.numel() == 0:
         return None
     strides: tuple[int, ...] = parameter.stride()
     order = tuple(sorted(range(parameter.dim()), key=lambda dim: -strides[dim]))
+    if batched and order[0] != 0:
+        raise ValueError(
+            f"a parameter of shape {tuple(parameter.shape)} and strides {strides} cannot be read as a batch of "
+            "matrices: its leading dimension is not the outermost in memory. Make it contiguous, or drop it from "
+            "matrix_view."
+        )
     sizes = [parameter.shape[dim] for dim in order]
     batch = sizes[0] if batched else 1
     rows, cols = sizes[lead], math.prod(sizes[lead + 1 :])

@@ -67,6 +67,8 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def _checksum(parameter: Tensor) -> Tensor:
     """Sum of the parameter's bit patterns read as integers: exact, in any order, without a copy."""
+    if parameter.is_complex():
+        parameter = torch.view_as_real(parameter)
     return parameter.detach().view(_INTEGERS[parameter.element_size()]).sum(dtype=torch.int64)
 
 

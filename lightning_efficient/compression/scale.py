@@ -9,10 +9,10 @@ class Scale:
     On the CPU it is a number; on other devices it stays a tensor, so that nothing waits for the device.
     """
 
-    def __init__(self, scale: Tensor | None) -> None:
+    def __init__(self, scale: Tensor | float | None) -> None:
         self.active = scale is not None
         self._scale: float | Tensor | None = scale
-        if scale is not None and scale.device.type == "cpu":
+        if isinstance(scale, Tensor) and scale.device.type == "cpu":
             self._scale = float(scale)
 
     def add_error(self, a_NM: Tensor, error_NM: Tensor) -> None:

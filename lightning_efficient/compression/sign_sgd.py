@@ -28,7 +28,8 @@ class SignSGD(Compressor):
     to a hundred times smaller than plain SGD's, and gradient clipping means something else. There is no error feedback,
     as published. The all-gather grows with the number of ranks.
 
-    A bit cannot say zero: ranks vote for and against in turns where their gradient is exactly zero, which cancels.
+    A bit cannot say zero: where their gradient is exactly zero ranks vote for and against in turns, which cancels among
+    an even number of ranks and from one step to the next among an odd one.
     A parameter whose gradient is zero on all ranks stays zero.
 
     Args:

@@ -4,10 +4,12 @@ Source: Lin et al., "Deep Gradient Compression", ICLR 2018 (arXiv 1712.01887), s
 "Sparsified SGD with Memory", NeurIPS 2018 (arXiv 1809.07599).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.futures import Future
 from typing_extensions import override
@@ -15,24 +17,27 @@ from typing_extensions import override
 from lightning_efficient._compat import GradBucket
 from lightning_efficient.compression.base import Compressor, Observation
 from lightning_efficient.compression.completion import BucketWork, Verdict, poison
-from lightning_efficient.compression.factors import commit, compute_dtype
+from lightning_efficient.compression.factors import commit, compute_dtype, square_sum
 from lightning_efficient.compression.scale import Scale
 
 
 class TopK(Compressor):
-    """Send the k largest elements of each bucket with their positions and keep the rest for later.
+    """Send the k largest elements of each parameter with their positions and keep the rest for later.
 
-    Per bucket with gradient :math:`M_w` and carried error :math:`E_w` of rank w::
+    Per parameter with gradient :math:`M_w` and carried error :math:`E_w` of rank w::
 
         A_w = M_w + E_w
         S_w = the density * numel elements of A_w largest in magnitude
         E_w = A_w outside S_w
         gradient = mean_w of A_w on S_w        (an all-gather, which grows with the number of ranks)
 
-    Selection is per bucket and covers tensors of every shape, so nothing is sent uncompressed.
+    Selection is per parameter, so it does not depend on how DDP cuts its buckets, and covers tensors of every shape, so
+    nothing is sent uncompressed. It is not linear: what is chosen depends on each rank's own error. A checkpoint
+    therefore holds the errors of all ranks, and resumes exactly on as many; on another number every rank goes on with
+    their mean, which loses nothing of what was carried.
 
     Args:
-        density: share of the elements to send, in (0, 1]; at least one element of a bucket is sent.
+        density: share of the elements to send, in (0, 1]; at least one element of a parameter is sent.
         error_feedback: carry what was not sent to the next step. Without it training stalls; for experiments.
         warmup_steps: see :class:`Compressor`.
         atomic: see :class:`Compressor`.
@@ -66,16 +71,16 @@ class TopK(Compressor):
     @override
     def _reduce_compressed(self, bucket: GradBucket) -> Future[Tensor]:
         flat = bucket.buffer()
-        names = [self._names[id(p)] for p in bucket.parameters()]
+        names = [self._names.get(id(p), "") for p in bucket.parameters()]  # "": frozen after DDP took it
         numels = [p.numel() for p in bucket.parameters()]
         used = torch.stack([part.any() for part in flat.split(numels)]) if self._detect_unused else None
         corrected = flat.to(compute_dtype(flat.dtype))
         parts = corrected.split(numels)
         for name, part in zip(names, parts, strict=True):
-            if self.error_feedback:
+            if name in self._errors:
                 self._scale.add_error(part, self._errors[name])
-        count = max(1, round(self.density * flat.numel()))
-        chosen = corrected.abs().topk(count, sorted=False).indices
+        chosen = self._choose(parts)
+        count = chosen.numel()
         sent = _Payload.pack(corrected[chosen], chosen, used)
         gathered = sent.new_empty(self.world_size, sent.numel())
         received = _Payload(gathered, count)
@@ -83,6 +88,16 @@ class TopK(Compressor):
         # Positions are integers in the clothes of floats: only the values can say whether the step is finite.
         work = BucketWork(flat, [received.values], lambda ok: self._decode(job, ok))
         return self._when_done(self._all_gather(gathered, sent), work)
+
+    def _choose(self, parts: Sequence[Tensor]) -> Tensor:
+        """Positions in the bucket of each parameter's largest elements."""
+        chosen, start = [], 0
+        for part in parts:
+            if part.numel():
+                count = max(1, round(self.density * part.numel()))
+                chosen.append(part.abs().topk(count, sorted=False).indices + start)
+            start += part.numel()
+        return torch.cat(chosen)
 
     def _decode(self, job: "_Job", ok: Verdict) -> None:
         values, positions = job.received.values, job.received.positions
@@ -105,10 +120,11 @@ class TopK(Compressor):
         own = job.corrected[job.chosen] if job.observation is not None else None
         job.corrected.index_fill_(0, job.chosen, 0)
         for name, part, keep in zip(job.names, job.parts, verdicts, strict=True):
-            commit(self._errors[name], job.scale.unscale_(part), keep)
+            if name in self._errors:
+                commit(self._errors[name], job.scale.unscale_(part), keep)
         if job.observation is not None and own is not None:
-            left = torch.stack([self._errors[name].square().sum(dtype=torch.float64) for name in job.names]).sum()
-            job.observation.add(job.scale.unscale_(own).square().sum(dtype=torch.float64), left)
+            left = torch.stack([square_sum(self._errors[name]) for name in job.names if name]).sum()
+            job.observation.add(square_sum(job.scale.unscale_(own)), left)
 
     @override
     def _settings(self) -> dict[str, Any]:
@@ -122,12 +138,24 @@ class TopK(Compressor):
     def _parameter_states(self, *, sync: bool, include_error: bool) -> dict[str, dict[str, Any]]:
         if not include_error:
             return {name: {} for name in self._errors}
-        return {name: {"error": self._mean_error(error, sync=sync)} for name, error in self._errors.items()}
+        return {name: {"errors_by_rank": self._gathered(error, sync=sync)} for name, error in self._errors.items()}
 
     @override
     def _load_parameter_states(self, states: dict[str, dict[str, Any]]) -> None:
+        rank = dist.get_rank(self._group)
         for name, state in states.items():
-            self._restore_error(name, self._errors[name], state)
+            rows = state.get("errors_by_rank")
+            own = None if rows is None else rows[rank] if len(rows) == self.world_size else rows.mean(0)
+            self._restore_error(name, self._errors[name], own)
+
+    def _gathered(self, error: Tensor, *, sync: bool) -> Tensor:
+        """(W, numel) errors of all ranks on the CPU, or (1, numel) of this one."""
+        rows = error.new_empty(self.world_size if sync else 1, error.numel())
+        if sync:
+            dist.all_gather(list(rows.unbind()), error, group=self._group)
+        else:
+            rows[0] = error
+        return rows.cpu()
 
 
 @dataclass(slots=True)

@@ -102,13 +102,15 @@ class CompressedDDPStrategy(DDPStrategy):
     def configure_ddp(self) -> None:
         assert isinstance(self.model, LightningModule)
         self._check_static_graph(self.model)
-        check_same_parameters([(name, p) for name, p in self.model.named_parameters() if p.requires_grad])
+        trainable = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        check_same_parameters(trainable, self._ddp_kwargs.get("process_group"))
         super().configure_ddp()
         assert isinstance(self.model, DistributedDataParallel)
         register_compressor(self.model, self.compressor, loss_scale=self._loss_scale())
         if self._restored is not None:
             self.compressor.load_state_dict(self._restored)
         elif self._resuming:
+            self.compressor.reset()
             rank_zero_warn(
                 "the checkpoint holds no gradient compression state: error feedback starts from zero. Resume from a "
                 "checkpoint written with this strategy (and not with save_weights_only=True) to continue exactly."
@@ -148,7 +150,8 @@ class CompressedDDPStrategy(DDPStrategy):
         self._optimizer_steps += 1
         every = self.replica_check_every_n_steps
         if every and self._optimizer_steps % every == 0:
-            check_replicas(self._module.named_parameters(), step=self._module.trainer.global_step + 1)
+            group = self._ddp_kwargs.get("process_group")
+            check_replicas(self._module.named_parameters(), group, step=self._module.trainer.global_step + 1)
         return output
 
     def _check_backwards(self, optimizer: Optimizer) -> None:
@@ -208,8 +211,8 @@ class CompressedDDPStrategy(DDPStrategy):
         stats = self.compressor.stats
         if stats.steps:
             rank_zero_info(
-                f"{type(self.compressor).__name__}: {stats.steps} steps sent {_size(stats.bytes_sent)} per rank instead "
-                f"of {_size(stats.bytes_dense)} ({stats.ratio:.1f}x fewer bytes, "
+                f"{type(self.compressor).__name__}: {stats.steps} steps sent {_size(stats.bytes_sent)} per rank "
+                f"instead of {_size(stats.bytes_dense)} ({stats.ratio:.1f}x fewer bytes, "
                 f"{stats.collectives / stats.steps:.1f} collectives per step)"
             )
         elif self._optimizer_steps:

@@ -171,8 +171,10 @@ def total(per_step: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def errors(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The error buffers of a state dict."""
-    return {name: s["error"] for name, s in state["parameters"].items()}
+    """The error buffers of a state dict, averaged over the ranks where it holds all of them."""
+    return {
+        name: s["error"] if "error" in s else s["errors_by_rank"].mean(0) for name, s in state["parameters"].items()
+    }
 
 
 def close(actual: Any, expected: Any, tolerance: float) -> None:

@@ -15,7 +15,9 @@ def initial_basis(name: str, columns: int, rank: int, seed: int = 0) -> Tensor:
     return torch.linalg.qr(gaussian.T).Q
 
 
-def compressed_shapes(model: nn.Module, rank: int, min_compression_rate: float = 2.0) -> dict[str, tuple[int, int, int]]:
+def compressed_shapes(
+    model: nn.Module, rank: int, min_compression_rate: float = 2.0
+) -> dict[str, tuple[int, int, int]]:
     """Name to (rows, columns, rank) of the parameters that the documented rule compresses."""
     shapes = {}
     for name, p in model.named_parameters():

@@ -1,0 +1,184 @@
+"""What two ranks do and report for one row of the table; the tests beside this file judge it.
+
+One start of two processes costs more than all the tiny trainings in it, so several share a start.
+"""
+
+import gc
+import threading
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from tests.plugins.table import ROWS, Row
+from tests.plugins.tiny import BATCHES, TinyData, TinyModule, flat_weights
+from tests.support.trainers import make_trainer
+
+EPOCHS = 2
+
+
+@dataclass(frozen=True)
+class Training:
+    """One rank's training in the row's own setting, and final weights in each oracle's."""
+
+    losses: list[float]
+    moved: float
+    activity: float
+    activity_before: float
+    weights: Tensor
+    in_oracles: dict[str, Tensor]
+    hooks_left: list[str]
+    ddp_left: bool
+    threads_left: list[str]
+
+
+def train(rank: int, world_size: int, name: str) -> Training:
+    row = ROWS[name]
+    in_oracles = {
+        key: _fit(world_size, row, trainer_args=oracle.trainer(), max_epochs=EPOCHS)[0]
+        for key, oracle in row.oracles.items()
+    }
+    threads = set(threading.enumerate())
+    module, keep_ddp = TinyModule(row.lr), _KeepDDP()
+    args = row.trainer()
+    trainer = make_trainer(world_size, max_epochs=10, **{**args, "callbacks": [*args.get("callbacks", []), keep_ddp]})
+    before = row.activity(row.plugin(trainer))
+    start = flat_weights(module).double()
+    trainer.fit(module, TinyData())
+    return Training(
+        losses=module.losses,
+        moved=float((flat_weights(module).double() - start).norm()),
+        activity=row.activity(row.plugin(trainer)),
+        activity_before=before,
+        weights=flat_weights(module),
+        in_oracles={key: flat_weights(each) for key, each in in_oracles.items()},
+        hooks_left=_hooks(module),
+        ddp_left=keep_ddp.alive(),
+        threads_left=[t.name for t in set(threading.enumerate()) - threads],
+    )
+
+
+@dataclass(frozen=True)
+class State:
+    """One rank's final weights of `EPOCHS` epochs: in one go, stopped and resumed after the first, in two fits."""
+
+    in_one_go: Tensor
+    resumed: Tensor
+    in_two_fits: Tensor
+    steps_resumed: int
+    checkpoint_keys: set[str]
+
+
+def stop_and_go_on(rank: int, world_size: int, name: str, folder: str) -> State:
+    row = ROWS[name]
+    in_one_go, _ = _fit(world_size, row, max_epochs=EPOCHS)
+
+    args = row.trainer()
+    saver = ModelCheckpoint(dirpath=folder, filename="{epoch}", save_top_k=-1)
+    args["callbacks"] = [*args.get("callbacks", []), saver]
+    twice, trainer = _fit(world_size, row, trainer_args=args, enable_checkpointing=True, max_epochs=1)
+    trainer.fit_loop.max_epochs = EPOCHS
+    trainer.fit(twice, TinyData())
+
+    path = Path(folder) / "epoch=0.ckpt"
+    resumed, _ = _fit(world_size, row, ckpt_path=str(path), max_epochs=EPOCHS)
+    return State(
+        in_one_go=flat_weights(in_one_go),
+        resumed=flat_weights(resumed),
+        in_two_fits=flat_weights(twice),
+        steps_resumed=len(resumed.losses),
+        checkpoint_keys=set(torch.load(path, weights_only=True)),
+    )
+
+
+@dataclass(frozen=True)
+class Modes:
+    """One rank's results of the other ways to use a Trainer."""
+
+    big_batch: Tensor
+    accumulated: Tensor
+    bf16_losses: list[float]
+    bf16_weights: Tensor
+    val_loss: float
+    val_loss_plain: float
+    predicted: Tensor
+    predicted_plain: Tensor
+
+
+def other_modes(rank: int, world_size: int, name: str) -> Modes:
+    row = ROWS[name]
+    big, _ = _fit(world_size, row, max_epochs=EPOCHS)
+    small, _ = _fit(world_size, row, TinyData(accumulate=2), max_epochs=EPOCHS, accumulate_grad_batches=2)
+    bf16, _ = _fit(world_size, row, max_epochs=10, precision="bf16-mixed")
+    plain: dict[str, Any] = {"strategy": "ddp"}
+    return Modes(
+        big_batch=flat_weights(big),
+        accumulated=flat_weights(small),
+        bf16_losses=bf16.losses,
+        bf16_weights=flat_weights(bf16),
+        val_loss=_validate(world_size, row, row.trainer()),
+        val_loss_plain=_validate(world_size, row, plain),
+        predicted=_predict(world_size, row, row.trainer()),
+        predicted_plain=_predict(world_size, row, plain),
+    )
+
+
+def _fit(
+    world_size: int,
+    row: Row,
+    data: TinyData | None = None,
+    *,
+    trainer_args: dict[str, Any] | None = None,
+    ckpt_path: str | None = None,
+    **kwargs: Any,
+) -> tuple[TinyModule, Trainer]:
+    module = TinyModule(row.lr)
+    if "precision" not in kwargs:  # a checkpoint is restored before the Trainer converts the module to float64
+        module.double()
+    trainer = make_trainer(world_size, **{**(trainer_args or row.trainer()), **kwargs})
+    trainer.fit(module, data or TinyData(), ckpt_path=ckpt_path)
+    assert trainer.global_step == BATCHES * kwargs["max_epochs"]
+    return module, trainer
+
+
+def _validate(world_size: int, row: Row, args: dict[str, Any]) -> float:
+    (metrics,) = make_trainer(world_size, **args).validate(TinyModule(row.lr), TinyData(), verbose=False)
+    return float(metrics["val_loss"])
+
+
+def _predict(world_size: int, row: Row, args: dict[str, Any]) -> Tensor:
+    predicted = make_trainer(world_size, **args).predict(TinyModule(row.lr), TinyData())
+    return torch.cat(predicted)  # type: ignore[arg-type]
+
+
+class _KeepDDP(Callback):
+    """Watches the DDP wrapper without keeping it alive."""
+
+    def __init__(self) -> None:
+        self._ref: weakref.ref[nn.Module] | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        assert isinstance(trainer.strategy.model, DistributedDataParallel)
+        self._ref = weakref.ref(trainer.strategy.model)
+
+    def alive(self) -> bool:
+        gc.collect()
+        assert self._ref is not None, "fit never started"
+        return self._ref() is not None
+
+
+_MODULE_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+
+
+def _hooks(module: nn.Module) -> list[str]:
+    """Where hooks are registered (torch lists them nowhere in public)."""
+    on_modules = [f"{n}.{kind}" for n, m in module.named_modules() for kind in _MODULE_HOOKS if getattr(m, kind)]
+    on_tensors = [f"{n}.{kind}" for n, p in module.named_parameters() for kind in _TENSOR_HOOKS if getattr(p, kind)]
+    return on_modules + on_tensors

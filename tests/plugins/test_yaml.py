@@ -1,0 +1,78 @@
+"""Every plugin through LightningCLI: what a recipe says is what is built, printed and built again."""
+
+import contextlib
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+import yaml
+from lightning.pytorch.cli import LightningCLI
+
+from tests.plugins.table import ROWS
+from tests.plugins.tiny import TinyData, TinyModule
+from tests.support.trainers import QUIET, make_trainer
+
+pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter is intended to run from within Python")
+
+
+def run_cli(*args: str) -> LightningCLI:
+    return LightningCLI(
+        TinyModule, TinyData, run=False, save_config_callback=None, seed_everything_default=False, args=list(args)
+    )
+
+
+def recipe(path: Path, trainer: dict[str, Any]) -> str:
+    path.write_text(yaml.safe_dump({"trainer": {**QUIET, "devices": 2, **trainer}}))
+    return str(path)
+
+
+def settings(plugin: object) -> dict[str, Any]:
+    """The public attributes that are plain values."""
+    plain = (bool, int, float, str, tuple, list, dict, type(None))
+    return {k: v for k, v in vars(plugin).items() if not k.startswith("_") and isinstance(v, plain)}
+
+
+def built(name: str, path: str) -> tuple[type, dict[str, Any]]:
+    plugin = ROWS[name].plugin(run_cli("--config", path).trainer)
+    return type(plugin), settings(plugin)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_recipe_survives_the_round_trip(name: str, tmp_path: Path) -> None:
+    path = recipe(tmp_path / "recipe.yaml", ROWS[name].yaml)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), pytest.raises(SystemExit, match="0"):
+        run_cli("--config", path, "--print_config")
+    (tmp_path / "printed.yaml").write_text(printed.getvalue())
+
+    assert built(name, path) == built(name, str(tmp_path / "printed.yaml"))
+    assert not dist.is_initialized()  # constructors do no work
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_recipe_builds_what_python_builds(name: str, tmp_path: Path) -> None:
+    plugin = ROWS[name].plugin(make_trainer(2, **ROWS[name].trainer()))
+    assert built(name, recipe(tmp_path / "recipe.yaml", ROWS[name].yaml)) == (type(plugin), settings(plugin))
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_an_unknown_argument_is_named(name: str, tmp_path: Path) -> None:
+    misspelt, key = _with_misspelling(ROWS[name].yaml)
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), pytest.raises(SystemExit, match="2"):
+        run_cli("--config", recipe(tmp_path / "recipe.yaml", misspelt))
+    assert key in said.getvalue()
+
+
+def _with_misspelling(section: Any) -> tuple[Any, str]:
+    """The same section with an argument too many in its innermost `init_args`."""
+    key = "nonesuch"
+    if isinstance(section, list):
+        return [_with_misspelling(each)[0] for each in section], key
+    if not isinstance(section, dict):
+        return section, key
+    if "class_path" in section and not any(isinstance(v, dict) for v in section["init_args"].values()):
+        return {**section, "init_args": {**section["init_args"], key: 3}}, key
+    return {k: _with_misspelling(v)[0] for k, v in section.items()}, key
