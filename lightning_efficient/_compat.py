@@ -6,7 +6,7 @@ when the name is gone.
 
 import importlib.util
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,3 +47,33 @@ def has_comm_hook(ddp_model: "DistributedDataParallel") -> bool:
 def loss_scale(scaler: "GradScaler") -> "Tensor | None":
     """The scale in force as a tensor on the scaler's device; `get_scale()` would wait for the device."""
     return scaler._scale if scaler.is_enabled() else None
+
+
+def forget_init_args_of_another_class() -> None:
+    """Make jsonargparse start from a class's own defaults whenever a recipe names another class than before.
+
+    As it is, arguments of the class named before live on where the new class accepts them, even those nobody wrote: a
+    recipe that asks for `SGD(lr, momentum)` from a model whose default is AdamW trains with AdamW's weight decay.
+    Holds for this process; calling it again changes nothing.
+
+    Raises:
+        RuntimeError: jsonargparse no longer has the function.
+    """
+    from jsonargparse import Namespace, _typehints
+
+    def discard(parser_or_action: object, prev_val: Any, value: Any) -> None:
+        if prev_val and "init_args" in prev_val and not _same_class(prev_val["class_path"], value["class_path"]):
+            prev_val["init_args"] = Namespace()  # type: ignore[no-untyped-call]
+
+    if not hasattr(_typehints, "discard_init_args_on_class_path_change"):
+        raise RuntimeError(
+            "jsonargparse has no _typehints.discard_init_args_on_class_path_change any more: recipes would mix the "
+            "arguments of two classes. Install jsonargparse 4.53, or adapt lightning_efficient._compat."
+        )
+    _typehints.discard_init_args_on_class_path_change = discard
+
+
+def _same_class(path: str, other: str) -> bool:
+    """Whether two class paths name one class; a short name, without its module, counts as any class of that name."""
+    short = "." not in path or "." not in other
+    return path == other or (short and path.rsplit(".", 1)[-1] == other.rsplit(".", 1)[-1])

@@ -5,6 +5,7 @@ import os
 # Before torch is imported, here and in every process the tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"  # lightning 2.6.6 calls a name that jsonargparse renamed
 
 import pytest
 import torch

@@ -21,6 +21,7 @@ import lightning_efficient.callbacks
 import lightning_efficient.data
 import lightning_efficient.models
 import lightning_efficient.strategies  # noqa: F401
+from lightning_efficient._compat import forget_init_args_of_another_class
 from lightning_efficient.callbacks import OptimizerGuard
 from lightning_efficient.cli.errors import EXIT_BAD_INPUT, UserError, debugging, did_you_mean, report
 from lightning_efficient.cli.explain import explain, explain_construction
@@ -108,6 +109,7 @@ class EfficientCLI(LightningCLI):
 
     def __init__(self, args: ArgsType = None, **kwargs: Any) -> None:
         quiet_known_noise()
+        forget_init_args_of_another_class()
         end_with_launcher()
         super().__init__(
             args=args,

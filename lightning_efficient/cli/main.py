@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
 import lightning_efficient
@@ -39,6 +40,8 @@ examples:
   lightning-efficient fit -c quickstart
   lightning-efficient fit -c acp_sgd/digits --trainer.max_epochs 3
   lightning-efficient recipes copy acp_sgd/char_llama mine.yaml
+
+LIGHTNING_EFFICIENT_DEBUG=1 shows the traceback of an error.
 """
 
 
@@ -83,8 +86,18 @@ def _guarded(run: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
         if debugging():
             raise
         return report(str(error))
+    except (ValueError, ModuleNotFoundError) as error:
+        # Raised by our own code it is about the user's input and says what to do; from elsewhere it may be a bug.
+        if debugging() or not _raised_here(error):
+            raise
+        return report(str(error))
     except KeyboardInterrupt:
         return 130
+
+
+def _raised_here(error: Exception) -> bool:
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return str(frames[-1].f_globals.get("__name__", "")).startswith("lightning_efficient.")
 
 
 def _train(argv: Sequence[str]) -> int:

@@ -137,8 +137,8 @@ def page(rows: list[dict[str, Any]], command: str, device: torch.device) -> str:
     lines = [
         "# Compression on a GPU",
         "",
-        "One rank; the step is the hook. `peak_gradients`: peak memory in gradient sizes, the model's own three included "
-        "(parameters, gradients or buckets, targets). `synchronisations`: host waits per step, from the profiler.",
+        "One rank; the step is the hook. `peak_gradients`: peak memory in gradient sizes, including what the model "
+        "itself holds (parameters, buckets, targets). `synchronisations`: host waits per step, from the profiler.",
         "",
         f"Command: `{command}`",
         "",

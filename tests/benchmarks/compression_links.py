@@ -11,7 +11,6 @@ import argparse
 import datetime
 import json
 import os
-import platform
 import shlex
 import statistics
 import sys
@@ -23,13 +22,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import lightning_efficient
 from tests.benchmarks import _links_report as report
 from tests.benchmarks._links_methods import LOCAL, PLAIN, TORCH, Method
 from tests.benchmarks._links_rank import Plan, RankReport, measure_links, peak_memory
+from tests.benchmarks.machine import describe_machine
 from tests.netlab import Lab
 from tests.support.ranks import run_ranks
 
@@ -159,20 +158,12 @@ def _facts(options: argparse.Namespace, arguments: list[str] | None, load: list[
     return {
         "command": shlex.join(["python", "-m", "tests.benchmarks.compression_links", *words]),
         "date": datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat(),
-        "machine": f"{len(os.sched_getaffinity(0))} cores of {_cpu_model()}, {platform.system()} {platform.release()}",
+        "machine": describe_machine(),
         "load": f"{load[0]:.1f} before, {load[1]:.1f} after",
-        "versions": f"python {platform.python_version()}, torch {torch.__version__}, "
-        f"lightning-efficient {lightning_efficient.__version__}",
+        "versions": f"lightning-efficient {lightning_efficient.__version__}",
         "hosts": options.hosts,
         "batch": f"{options.batch} x {options.tokens} tokens for each rank",
     }
-
-
-def _cpu_model() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
 
 
 def _page(

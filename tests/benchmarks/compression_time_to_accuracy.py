@@ -64,7 +64,7 @@ def train(rank: int, world_size: int, name: str, seed: int, target: float, max_s
     begun = time.perf_counter()
     while step < max_steps:
         if not batches:
-            batches = [rows for rows in torch.randperm(len(x_train), generator=order).split(GLOBAL_BATCH)][:-1]
+            batches = list(torch.randperm(len(x_train), generator=order).split(GLOBAL_BATCH))[:-1]
         rows = batches.pop().chunk(world_size)[rank]
         optimizer.zero_grad()
         F.cross_entropy(ddp(x_train[rows]), y_train[rows]).backward()

@@ -1,0 +1,132 @@
+"""Every shipped recipe is described, parses against the real signatures, and trains two steps offline."""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lightning_efficient.cli import EfficientCLI, main
+from lightning_efficient.cli.recipes import Recipe, shipped_recipes
+from tests.support.ranks import run_ranks
+
+RECIPES = shipped_recipes()
+COMPRESSED = {"quickstart", *(f"{name}/digits" for name in ("acp_sgd", "power_sgd", "top_k", "sign_sgd"))} | {
+    "acp_sgd/char_llama",
+    "acp_sgd/multi_node",
+}
+
+# Enough to build, train twice, validate once, and leave nothing behind.
+TWO_STEPS = [
+    "--trainer.accelerator=cpu",
+    "--trainer.max_steps=2",
+    "--trainer.limit_train_batches=2",
+    "--trainer.val_check_interval=2",
+    "--trainer.limit_val_batches=1",
+    "--trainer.num_sanity_val_steps=0",
+    "--trainer.log_every_n_steps=1",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_checkpointing=false",
+    "--trainer.logger=false",
+]
+SMALL_LLAMA = ["--model.hidden_size=32", "--model.ffn_size=64", "--model.num_heads=2", "--model.num_layers=2"]
+SHORT_TEXT = ["--data.block_size=32", "--data.batch_size=2"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """How a recipe is run here: before it, other recipes; after it, what makes it fit."""
+
+    base: tuple[str, ...] = ()
+    changes: list[str] = field(default_factory=list)
+
+
+CASES = {
+    "acp_sgd/char_llama": Case(changes=SHORT_TEXT),
+    # Two of its eight ranks, as one node of CPUs.
+    "acp_sgd/multi_node": Case(
+        changes=[
+            *SMALL_LLAMA,
+            *SHORT_TEXT,
+            "--trainer.num_nodes=1",
+            "--trainer.devices=2",
+            "--trainer.precision=32-true",
+        ]
+    ),
+    "hf/causal_lm": Case(changes=SHORT_TEXT),
+    "llama/pretrain": Case(changes=SHORT_TEXT),
+    "models/llama_160m": Case(base=("llama/pretrain",), changes=[*SMALL_LLAMA, *SHORT_TEXT]),
+    "models/llama_1.3b": Case(base=("llama/pretrain",), changes=[*SMALL_LLAMA, *SHORT_TEXT]),
+    "quickstart": Case(changes=SHORT_TEXT),
+}
+
+
+def words(recipe: Recipe) -> list[str]:
+    case = CASES.get(recipe.name, Case())
+    return ["fit", *(word for name in (*case.base, recipe.name) for word in ("-c", name))]
+
+
+def every_recipe() -> Any:
+    return pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
+
+
+def test_there_are_recipes() -> None:
+    assert {recipe.name for recipe in RECIPES} >= COMPRESSED | CASES.keys()
+
+
+@every_recipe()
+def test_the_first_line_says_what_it_does(recipe: Recipe) -> None:
+    assert 20 < len(recipe.description) < 120
+    assert not recipe.description.endswith(".")
+
+
+@every_recipe()
+def test_it_parses_unchanged_and_what_is_parsed_parses_to_the_same(
+    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert parsed(words(recipe), capsys).items() >= {"seed_everything": 0, "optimizer_guard": True}.items()
+
+    whole = parsed(words(recipe), capsys)
+    (tmp_path / "whole.yaml").write_text(yaml.safe_dump(whole))
+    assert parsed(["fit", "-c", str(tmp_path / "whole.yaml")], capsys) == whole
+
+
+def parsed(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    with pytest.raises(SystemExit) as stopped:
+        main([*arguments, "--print_config"])
+    assert stopped.value.code == 0
+    config: dict[str, Any] = yaml.safe_load(capsys.readouterr().out)
+    return config
+
+
+def fit_two_steps(rank: int, world_size: int, arguments: list[str]) -> dict[str, float]:
+    """What a rank has to show after two steps."""
+    trainer = EfficientCLI(args=arguments).trainer
+    shown = {"steps": float(trainer.global_step), "val_loss": float(trainer.callback_metrics["val_loss"])}
+    if (compressor := getattr(trainer.strategy, "compressor", None)) is not None:
+        shown |= {"reductions": compressor.stats.steps, "bytes_sent": compressor.stats.bytes_sent}
+    return shown
+
+
+@pytest.mark.distributed
+@every_recipe()
+def test_it_trains_two_steps_offline(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    if recipe.name.startswith("hf/"):
+        pytest.importorskip("transformers")
+    if recipe.name.endswith("/digits"):
+        pytest.importorskip("sklearn")
+    world_size = 2 if recipe.name in COMPRESSED else 1
+    case = CASES.get(recipe.name, Case())
+
+    shown = run_ranks(fit_two_steps, world_size, [*words(recipe), *TWO_STEPS, *case.changes], timeout=100)
+
+    for each in shown:
+        assert each["steps"] == 2
+        assert math.isfinite(each["val_loss"])
+        assert each["val_loss"] == shown[0]["val_loss"]
+        if recipe.name in COMPRESSED:
+            assert each["reductions"] == 2
+            assert each["bytes_sent"] > 0
