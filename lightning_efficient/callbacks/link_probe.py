@@ -20,8 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lightning_efficient.compression.cost_model import DeviceModel, LinkModel, Workload
-from lightning_efficient.compression.link_probe import measure_device, measure_link
+from lightning_efficient.compression.planning.cost_model import DeviceModel, LinkModel, Workload
+from lightning_efficient.compression.planning.link_probe import measure_device, measure_link
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,8 @@ from lightning_efficient.cli.errors import CommandParser, UserError
 
 if TYPE_CHECKING:
     from lightning_efficient.callbacks.link_probe import ProbeResult
-    from lightning_efficient.compression.cost_model import LinkModel
-    from lightning_efficient.compression.recommendation import Recommendation
+    from lightning_efficient.compression.planning.cost_model import LinkModel
+    from lightning_efficient.compression.planning.recommendation import Recommendation
 
 _BITS_PER_S = {"bit": 1.0, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9, "tbit": 1e12}
 _SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
     world_size = options.world_size or probe.world_size
     link = link or probe.link
     assert link is not None  # measured, or given
-    from lightning_efficient.compression.recommendation import recommend
+    from lightning_efficient.compression.planning.recommendation import recommend
 
     answer = recommend(probe.workload, link, world_size=world_size, device=probe.device)
     _show(answer, probe, link, world_size)
@@ -160,7 +160,7 @@ def _what_if_link(options: argparse.Namespace) -> LinkModel | None:
             f"--link {options.link} with --world-size {options.world_size}: a link needs two ends. Add "
             "--world-size 2 or more."
         )
-    from lightning_efficient.compression.cost_model import LinkModel
+    from lightning_efficient.compression.planning.cost_model import LinkModel
 
     return LinkModel.from_rate(parse_rate(options.link), latency_s=parse_time(options.latency or "0s"))
 

@@ -15,9 +15,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lightning_efficient.compression.cost_methods import ACPCost, DenseCost, Method, PowerCost, SignCost, TopKCost
-from lightning_efficient.compression.cost_model import DeviceModel, LinkModel, Workload
-from lightning_efficient.compression.timeline import StepEstimate, estimate_step
+from lightning_efficient.compression.planning.cost_methods import (
+    ACPCost,
+    DenseCost,
+    Method,
+    PowerCost,
+    SignCost,
+    TopKCost,
+)
+from lightning_efficient.compression.planning.cost_model import DeviceModel, LinkModel, Workload
+from lightning_efficient.compression.planning.timeline import StepEstimate, estimate_step
 from tests.benchmarks.published_models import PUBLISHED, PublishedModel
 
 OUTPUT = Path(__file__).parents[2] / "docs" / "benchmarks" / "compression_simulated_202611"

@@ -10,8 +10,8 @@ import yaml
 
 from lightning_efficient.cli.compression import main, parse_rate, parse_time, recommended_yaml
 from lightning_efficient.cli.errors import UserError
-from lightning_efficient.compression.cost_model import LinkModel, Workload
-from lightning_efficient.compression.recommendation import recommend
+from lightning_efficient.compression.planning.cost_model import LinkModel, Workload
+from lightning_efficient.compression.planning.recommendation import recommend
 
 RECIPE = """\
 trainer:

@@ -1,7 +1,6 @@
 r"""What the cost of a data-parallel step depends on: the link, the device, the step's compute, and DDP's buckets.
 
-Frozen values and pure functions. What each method puts on the link is in
-:mod:`~lightning_efficient.compression.cost_methods`; both meet in :mod:`~lightning_efficient.compression.timeline`.
+Frozen values and pure functions. What each method puts on the link is in ``cost_methods``; both meet in ``timeline``.
 The alpha-beta model of the link is that of ACP-SGD (Zhang, Shi, Chu, Li: "Evaluation and Optimization of Gradient
 Compression for Distributed Deep Learning", ICDCS 2023, arXiv 2306.08881, cost analysis).
 

@@ -17,10 +17,17 @@ from lightning_efficient.compression import (
     TopK,
     register_compressor,
 )
-from lightning_efficient.compression.cost_methods import ACPCost, DenseCost, Method, PowerCost, SignCost, TopKCost
-from lightning_efficient.compression.cost_model import LinkModel, Workload
-from lightning_efficient.compression.link_probe import measure_device, measure_link
-from lightning_efficient.compression.timeline import estimate_step
+from lightning_efficient.compression.planning.cost_methods import (
+    ACPCost,
+    DenseCost,
+    Method,
+    PowerCost,
+    SignCost,
+    TopKCost,
+)
+from lightning_efficient.compression.planning.cost_model import LinkModel, Workload
+from lightning_efficient.compression.planning.link_probe import measure_device, measure_link
+from lightning_efficient.compression.planning.timeline import estimate_step
 from tests.netlab import Lab
 from tests.support.ranks import run_ranks
 

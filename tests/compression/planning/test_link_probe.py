@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lightning_efficient.compression.cost_model import LinkModel
-from lightning_efficient.compression.link_probe import fit_link, measure_device, measure_link
+from lightning_efficient.compression.planning.cost_model import LinkModel
+from lightning_efficient.compression.planning.link_probe import fit_link, measure_device, measure_link
 from tests.support.ranks import rank_outcomes, run_ranks
 
 SIZES = (4096, 65536, 1048576)

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lightning_efficient.compression.cost_methods import ACPCost, DenseCost
-from lightning_efficient.compression.cost_model import (
+from lightning_efficient.compression.planning.cost_methods import ACPCost, DenseCost
+from lightning_efficient.compression.planning.cost_model import (
     DEFAULT_BUCKET_CAP_MB,
     DeviceModel,
     LinkModel,
     Workload,
 )
-from lightning_efficient.compression.timeline import StepEstimate, estimate_step
+from lightning_efficient.compression.planning.timeline import StepEstimate, estimate_step
 
 #: Ranks on offer. Rank 1 is not: with momentum it is unsafe (see the method card of ACP-SGD).
 RANKS = (2, 4, 8, 16, 32, 64)

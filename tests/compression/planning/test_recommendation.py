@@ -2,8 +2,8 @@
 
 import pytest
 
-from lightning_efficient.compression.cost_model import DeviceModel, LinkModel, Workload
-from lightning_efficient.compression.recommendation import RANKS, recommend
+from lightning_efficient.compression.planning.cost_model import DeviceModel, LinkModel, Workload
+from lightning_efficient.compression.planning.recommendation import RANKS, recommend
 
 # 12 layers of 1024 x 1024: 48 MiB of gradients, half a second of compute.
 WORKLOAD = Workload.from_work([(1024, 1024), (1024,)] * 12, forward_s=0.15, backward_s=0.35)

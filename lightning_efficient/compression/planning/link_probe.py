@@ -1,7 +1,7 @@
 """Measures the link of a process group, and what compression costs a device.
 
-All-reduces of log-spaced sizes are timed; the alpha-beta model of :mod:`lightning_efficient.compression.cost_model` is
-fitted to them. Every rank gets the same answer, that of the slowest rank.
+All-reduces of log-spaced sizes are timed; the alpha-beta model of ``cost_model`` is fitted to them. Every
+rank gets the same answer, that of the slowest rank.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from lightning_efficient.compression.cost_model import DeviceModel, LinkModel
+from lightning_efficient.compression.planning.cost_model import DeviceModel, LinkModel
 
 #: Bytes: 1 KiB to 16 MiB, by factors of 4.
 PROBE_SIZES = tuple(4**power for power in range(5, 13))
@@ -145,7 +145,7 @@ def measure_device(
         repeats: timed runs of each, after an untimed one; the median counts.
 
     Returns:
-        The device, for :func:`lightning_efficient.compression.timeline.estimate_step`.
+        The device, for :func:`lightning_efficient.compression.planning.timeline.estimate_step`.
     """
     on = torch.device(device)
     generator = torch.Generator().manual_seed(0)

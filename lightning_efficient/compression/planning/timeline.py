@@ -13,8 +13,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lightning_efficient.compression.cost_methods import BucketPlan, Method, Schedule
-from lightning_efficient.compression.cost_model import DeviceModel, LinkModel, Workload, assign_buckets
+from lightning_efficient.compression.planning.cost_methods import BucketPlan, Method, Schedule
+from lightning_efficient.compression.planning.cost_model import DeviceModel, LinkModel, Workload, assign_buckets
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ def estimate_step(
     """Predicts one data-parallel step.
 
     Args:
-        method: what is done with the gradients, from :mod:`lightning_efficient.compression.cost_methods`.
+        method: what is done with the gradients, from :mod:`lightning_efficient.compression.planning.cost_methods`.
         workload: the step's compute.
         link: the link each rank sends over.
         world_size: number of ranks W; with 1 the link is free.

@@ -1,7 +1,7 @@
 r"""What each way of exchanging gradients puts on the link and asks of the device, bucket by bucket.
 
-Used by :mod:`lightning_efficient.compression.timeline`, which times it. The formulas are those of the ACP-SGD paper
-(Zhang, Shi, Chu, Li, ICDCS 2023, arXiv 2306.08881, cost analysis); Power-SGD is arXiv 1905.13727 (algorithm 1).
+``timeline`` times it. The formulas are those of the ACP-SGD paper (Zhang, Shi, Chu, Li, ICDCS 2023, arXiv 2306.08881,
+cost analysis); Power-SGD is arXiv 1905.13727 (algorithm 1).
 
 Legend: W workers; n, m rows and columns of a gradient seen as a matrix (``shape[0]`` by the rest); r rank, never above
 min(n, m); u elements sent uncompressed; d elements of a bucket.
@@ -17,7 +17,7 @@ from typing import Literal
 
 from typing_extensions import override
 
-from lightning_efficient.compression.cost_model import DeviceModel, LinkModel, Shape
+from lightning_efficient.compression.planning.cost_model import DeviceModel, LinkModel, Shape
 
 Schedule = Literal["wait_free", "blocking", "after_backward"]
 
