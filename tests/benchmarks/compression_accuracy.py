@@ -29,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lightning_efficient.compression import ACPSGD, Compressor, PowerSGD, register_compressor
 from lightning_efficient.data import TextData
 from lightning_efficient.models import LLAMA_PRESETS, Llama, LlamaConfig
+from tests.benchmarks import digits as digits_task
 from tests.benchmarks.machine import describe_machine
 
 OUT = Path(__file__).parents[2] / "docs" / "benchmarks" / "compression_accuracy_2core_cpu_202611"
@@ -82,15 +83,8 @@ def train(
 
 def digits(seed: int, steps: int, make_compressor: MakeCompressor) -> tuple[float, float]:
     """64-256-256-10 perceptron on scikit-learn's digits, SGD lr 0.05 momentum 0.9, batch 128; test accuracy in %."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    x, y = load_digits(return_X_y=True)
-    split = train_test_split(x / 16, y, test_size=0.2, stratify=y, random_state=seed)
-    x_train, x_test = (torch.tensor(part, dtype=torch.float32) for part in split[:2])
-    y_train, y_test = (torch.tensor(part) for part in split[2:])
-    torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
+    x_train, y_train, x_test, y_test = digits_task.load(seed)
+    model = digits_task.perceptron(seed)
     order = torch.Generator().manual_seed(seed)
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
@@ -108,8 +102,7 @@ def digits(seed: int, steps: int, make_compressor: MakeCompressor) -> tuple[floa
         batches(),
         lambda net, batch: F.cross_entropy(net(batch[0]), batch[1]),
     )
-    with torch.no_grad():
-        return 100 * (model(x_test).argmax(1) == y_test).double().mean().item(), sent
+    return digits_task.accuracy(model, x_test, y_test), sent
 
 
 def text(seed: int, steps: int, make_compressor: MakeCompressor) -> tuple[float, float]:

@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from rich.progress import track
-from torch import nn
 
+from tests.benchmarks import digits
 from tests.benchmarks._links_methods import PLAIN, Method
 from tests.benchmarks.machine import describe_machine
 from tests.netlab import Lab
@@ -46,15 +46,8 @@ class Result:
 
 def train(rank: int, world_size: int, name: str, seed: int, target: float, max_steps: int) -> Result:
     """Train until the target; every rank returns the same result."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    x, y = load_digits(return_X_y=True)
-    split = train_test_split(x / 16, y, test_size=0.2, stratify=y, random_state=seed)
-    x_train, x_test = (torch.tensor(part, dtype=torch.float32) for part in split[:2])
-    y_train, y_test = (torch.tensor(part) for part in split[2:])
-    torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
+    x_train, y_train, x_test, y_test = digits.load(seed)
+    model = digits.perceptron(seed)
     ddp = Method.parse(name).wrap(model)
     optimizer = torch.optim.SGD(ddp.parameters(), lr=0.05, momentum=0.9)
     order = torch.Generator().manual_seed(seed)
@@ -72,8 +65,7 @@ def train(rank: int, world_size: int, name: str, seed: int, target: float, max_s
         step += 1
         if step % TEST_EVERY == 0:
             seconds += time.perf_counter() - begun
-            with torch.no_grad():
-                accuracy = 100 * (model(x_test).argmax(1) == y_test).double().mean().item()
+            accuracy = digits.accuracy(model, x_test, y_test)
             if accuracy >= target:  # the replicas are bit-identical, so every rank decides alike
                 return Result(name, seed, seconds, step, accuracy)
             dist.barrier()
