@@ -4,8 +4,7 @@ import time
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_efficient.compression import Compressor, Observation
@@ -32,11 +31,11 @@ class CompressionMonitor(Callback):
     The observed steps cost one pass over the error buffers; nothing is measured in between. A summary is given once at
     the end of fit.
 
+    Under a strategy that does not compress it warns once and does nothing, so that a recipe can be compared with
+    ``--trainer.strategy ddp``.
+
     Args:
         every_n_steps: optimizer steps between entries.
-
-    Raises:
-        MisconfigurationException: at the start of fit, where the strategy does not compress.
     """
 
     def __init__(self, every_n_steps: int = 50) -> None:
@@ -44,6 +43,7 @@ class CompressionMonitor(Callback):
             raise ValueError(f"every_n_steps is {every_n_steps}: it counts steps. Set 1 or more.")
         self.every_n_steps = every_n_steps
         self.stats: dict[str, float] = {}
+        self._compressor: Compressor | None = None
         self._reset()
 
     def _reset(self) -> None:
@@ -57,16 +57,22 @@ class CompressionMonitor(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        compressor = _compressor(trainer)
         self._reset()
         self._plan(trainer.global_step)
+        self._compressor = compressor = _find_compressor(trainer)
+        if compressor is None:
+            rank_zero_warn(
+                f"CompressionMonitor found {type(trainer.strategy).__name__}, which does not compress gradients: there "
+                "is nothing to log. Set strategy='acp_sgd' (or another CompressedDDPStrategy), or remove the callback."
+            )
+            return
         self._seen_steps = self._logged_steps = compressor.stats.steps
         self._logged_sent, self._logged_dense = compressor.stats.bytes_sent, compressor.stats.bytes_dense
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self._observation is None and trainer.global_step + 1 >= self._due:
-            self._observation = _compressor(trainer).observe()
+        if self._compressor and self._observation is None and trainer.global_step + 1 >= self._due:
+            self._observation = self._compressor.observe()
 
     def _plan(self, step: int) -> None:
         # A batch may take no step (accumulation) or several (manual optimization): a due date, not a remainder.
@@ -74,8 +80,8 @@ class CompressionMonitor(Callback):
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        compressor = _compressor(trainer)
-        if compressor.stats.steps > self._seen_steps:
+        compressor = self._compressor
+        if compressor and compressor.stats.steps > self._seen_steps:
             self._seen_steps = compressor.stats.steps
             if pl_module.device.type == "cpu":
                 self._exposed_s.append(time.perf_counter() - compressor.launched_at)
@@ -84,10 +90,10 @@ class CompressionMonitor(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._observation is None or trainer.global_step < self._due:
+        if self._compressor is None or self._observation is None or trainer.global_step < self._due:
             return
         self._plan(trainer.global_step)
-        metrics = self._collect(_compressor(trainer), self._observation)
+        metrics = self._collect(self._compressor, self._observation)
         self._observation = None
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
@@ -112,16 +118,13 @@ class CompressionMonitor(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._compressor is None:
+            return
         self._exposed_total_s += sum(self._exposed_s)
         energy = f"captured energy {sum(self._energies) / len(self._energies):.1%}, " if self._energies else ""
         rank_zero_info(f"CompressionMonitor: {energy}backward waited {self._exposed_total_s:.1f} s for communication")
 
 
-def _compressor(trainer: Trainer) -> Compressor:
+def _find_compressor(trainer: Trainer) -> Compressor | None:
     compressor = getattr(trainer.strategy, "compressor", None)
-    if not isinstance(compressor, Compressor):
-        raise MisconfigurationException(
-            f"CompressionMonitor found {type(trainer.strategy).__name__}: it watches gradient compression. Set "
-            "strategy='acp_sgd' (or another CompressedDDPStrategy), or remove the callback."
-        )
-    return compressor
+    return compressor if isinstance(compressor, Compressor) else None

@@ -101,7 +101,8 @@ class Compressor(ABC):
         self._parameters = dict(trainable)
         self._names = {id(p): name for name, p in trainable}
         self._any_complex = any(p.is_complex() for _, p in trainable)
-        self._group = process_group
+        # The default group by None: the last reference to a group must not die in a callback on one of its own threads.
+        self._group = None if process_group is dist.group.WORLD else process_group
         self._loss_scale = loss_scale
         self._detect_unused = detect_unused
         if self.world_size == 1:

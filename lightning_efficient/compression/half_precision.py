@@ -23,8 +23,8 @@ class HalfPrecision(Compressor):
 
     Args:
         dtype: "bfloat16" keeps the range of float32, "float16" has three more bits of precision and overflows at 65504.
-        warmup_steps: see :class:`Compressor`.
-        atomic: see :class:`Compressor`.
+        warmup_steps: see :class:`~lightning_efficient.compression.Compressor`.
+        atomic: see :class:`~lightning_efficient.compression.Compressor`.
     """
 
     method = "half"

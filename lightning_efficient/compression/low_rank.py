@@ -80,12 +80,12 @@ class LowRankCompressor(Compressor):
         error_feedback: carry what was not sent to the next step. Without it training fails; for experiments.
         wire_dtype: dtype on the wire. "float32" sends float64 gradients as float64.
         error_dtype: dtype of the error buffers, which are as large as the compressed gradients.
-        orthogonalization: see :func:`~lightning_efficient.compression.orthogonalize`.
+        orthogonalization: "qr", or "cholesky", which is faster on GPUs and falls back to QR.
         exclude: shell patterns of parameter names to send uncompressed, such as ``"*.embed*"``.
         matrix_view: regular expressions of parameter names, mapped to ``"batched"`` (the leading dimension counts
             matrices, as in expert stacks) or ``"rows"`` (the default: shape[0] rows, all else columns).
         seed: of the initial factors.
-        atomic: see :class:`Compressor`.
+        atomic: see :class:`~lightning_efficient.compression.Compressor`.
     """
 
     def __init__(

@@ -33,8 +33,8 @@ class SignSGD(Compressor):
     A parameter whose gradient is zero on all ranks stays zero.
 
     Args:
-        warmup_steps: see :class:`Compressor`.
-        atomic: see :class:`Compressor`.
+        warmup_steps: see :class:`~lightning_efficient.compression.Compressor`.
+        atomic: see :class:`~lightning_efficient.compression.Compressor`.
     """
 
     method = "sign_sgd"

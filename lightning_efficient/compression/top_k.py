@@ -39,8 +39,8 @@ class TopK(Compressor):
     Args:
         density: share of the elements to send, in (0, 1]; at least one element of a parameter is sent.
         error_feedback: carry what was not sent to the next step. Without it training stalls; for experiments.
-        warmup_steps: see :class:`Compressor`.
-        atomic: see :class:`Compressor`.
+        warmup_steps: see :class:`~lightning_efficient.compression.Compressor`.
+        atomic: see :class:`~lightning_efficient.compression.Compressor`.
     """
 
     method = "top_k"
