@@ -1,6 +1,6 @@
 """What compression does to accuracy: digits and a text Llama, at equal steps and at equal bytes, over seeds.
 
-    python -m tests.benchmarks.compression_accuracy            # about 15 minutes on two cores
+    python -m tests.benchmarks.compression_accuracy            # about 20 minutes on one core
     python -m tests.benchmarks.compression_accuracy --quick    # one seed, few steps, for a look
 
 Every run is real DDP with the real hook, on one rank: with a fixed basis compression is linear, so W ranks and one rank
@@ -173,7 +173,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one seed and few steps; prints, writes nothing")
     parser.add_argument("--seeds", type=int, default=4, help="seeds per method (default 4)")
     parser.add_argument("--digits-steps", type=int, nargs="*", default=[88, 330], help="default 88 330")
-    parser.add_argument("--text-steps", type=int, nargs="*", default=[400], help="default 400")
+    parser.add_argument("--text-steps", type=int, nargs="*", default=[300], help="default 300")
     parser.add_argument("--out", type=Path, default=OUT, help="path of the results without suffix")
     args = parser.parse_args()
     seeds = 1 if args.quick else args.seeds
