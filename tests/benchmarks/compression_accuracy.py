@@ -10,6 +10,7 @@ the claim is that a user changes one line.
 """
 
 import argparse
+import datetime
 import json
 import os
 import statistics
@@ -148,7 +149,7 @@ def report(runs: list[Run], command: str) -> str:
         "",
         f"Command: `{command}`",
         "",
-        f"Machine: {describe_machine()}",
+        f"Machine: {describe_machine()}. Date: {datetime.date.today().isoformat()}",
         "",
     ]
     for task, steps in dict.fromkeys((run.task, run.steps) for run in runs):

@@ -115,10 +115,11 @@ def main() -> None:
             lab.run_ranks(train, name, seed, args.target, args.max_steps, timeout=600)[0]
             for name, seed in track(todo, description="training")
         ]
-    words = [f"--{key} {value}" for key, value in (("rate", args.rate), ("target", f"{args.target:g}"))]
-    text = page(
-        results, f"python -m tests.benchmarks.compression_time_to_accuracy {' '.join(words)}", args.rate, args.target
+    command = (
+        "python -m tests.benchmarks.compression_time_to_accuracy "
+        f"--rate {args.rate} --target {args.target:g} --seeds {args.seeds}"
     )
+    text = page(results, command, args.rate, args.target)
     print(text)
     if not args.quick:
         OUT.with_suffix(".md").write_text(text)
