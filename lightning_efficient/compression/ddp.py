@@ -1,5 +1,7 @@
 """Gradient compression for plain ``torch.nn.parallel.DistributedDataParallel``."""
 
+import time
+import weakref
 from typing import TypeVar
 
 from torch import Tensor
@@ -12,6 +14,11 @@ from lightning_efficient.compression.base import Compressor, LossScale
 
 _COMPILED = "_orig_mod."
 """What torch.compile puts into the names of a module's parameters; state is kept under the names without it."""
+
+_LAST_CALLBACK_S = 0.05
+"""A DDP model that dies right after a backward pass may take the process group along, whose destructor joins gloo's
+threads while it holds the interpreter lock; a thread that still wants that lock, to drop the last callback, then waits
+for ever (torch's own Python hooks hang in the same way). Sleeping first lets it have the lock."""
 
 CompressorT = TypeVar("CompressorT", bound=Compressor)
 
@@ -61,6 +68,7 @@ def register_compressor(
         detect_unused=ddp_model.find_unused_parameters or ddp_model.static_graph,
     )
     ddp_model.register_comm_hook(compressor, _comm_hook)
+    weakref.finalize(ddp_model, time.sleep, _LAST_CALLBACK_S)
     return compressor
 
 

@@ -3,13 +3,14 @@
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 
@@ -235,3 +236,20 @@ def test_a_process_group_averages_over_its_own_ranks() -> None:
         owed = total([random_gradients(SHAPES, rank, t) for rank in pair for t in range(4)])
         for rank in pair:
             close(by_rank[rank], {n: g / 2 for n, g in owed.items()}, 1e-12)
+
+
+def _groups_that_die_right_after_backward(rank: int, world_size: int, folder: str) -> int:
+    for round_ in range(15):
+        dist.init_process_group("gloo", init_method=f"file://{folder}/{round_}", rank=rank, world_size=world_size)
+        ddp = DistributedDataParallel(nn.Linear(64, 64))
+        register_compressor(ddp, ACPSGD(4))
+        ddp(torch.randn(4, 64)).sum().backward()
+        dist.barrier()
+        dist.destroy_process_group()
+        del ddp
+    return round_
+
+
+def test_model_and_group_may_die_right_after_backward(tmp_path: Path) -> None:
+    # Without the pause in register_compressor this hangs within a few rounds.
+    assert run_ranks(_groups_that_die_right_after_backward, 2, str(tmp_path), group=False, timeout=60) == [14, 14]
