@@ -40,7 +40,10 @@ def started(command: list[str], folder: Path) -> Iterator[subprocess.Popen[str]]
     """A run of the command line; whatever the test does, it is gone afterwards."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     pipe = subprocess.PIPE
+    # A program started in the background ignores Ctrl-C, and so would all it starts; one with a handler passes on none.
+    ours = signal.signal(signal.SIGINT, signal.default_int_handler)
     with subprocess.Popen(command, cwd=folder, env=environment, stdout=pipe, stderr=pipe, text=True) as run:
+        signal.signal(signal.SIGINT, ours)
         try:
             yield run
         finally:
