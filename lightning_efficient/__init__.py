@@ -14,7 +14,7 @@ require_lightning()
 import lightning_efficient.strategies as _strategies  # noqa: E402  (only once lightning is known to be there)
 
 if TYPE_CHECKING:
-    from lightning_efficient.callbacks import CompressionMonitor, OptimizerGuard
+    from lightning_efficient.callbacks import AttachOptimizer, CompressionMonitor, OptimizerGuard
     from lightning_efficient.cli import EfficientCLI
     from lightning_efficient.compression import (
         ACPSGD,
@@ -25,16 +25,19 @@ if TYPE_CHECKING:
         TopK,
         register_compressor,
     )
+    from lightning_efficient.optimizers import Eva
     from lightning_efficient.strategies import CompressedDDPStrategy
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
     "ACPSGD",
+    "AttachOptimizer",
     "CompressedDDPStrategy",
     "CompressionMonitor",
     "Compressor",
     "EfficientCLI",
+    "Eva",
     "HalfPrecision",
     "OptimizerGuard",
     "PowerSGD",
@@ -46,10 +49,12 @@ __all__ = [
 
 _HOMES = {
     "ACPSGD": "compression",
+    "AttachOptimizer": "callbacks",
     "CompressedDDPStrategy": "strategies",
     "CompressionMonitor": "callbacks",
     "Compressor": "compression",
     "EfficientCLI": "cli",
+    "Eva": "optimizers",
     "HalfPrecision": "compression",
     "OptimizerGuard": "callbacks",
     "PowerSGD": "compression",

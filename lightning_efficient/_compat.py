@@ -49,6 +49,16 @@ def loss_scale(scaler: "GradScaler") -> "Tensor | None":
     return scaler._scale if scaler.is_enabled() else None
 
 
+def base_of_view(tensor: "Tensor") -> "Tensor | None":
+    """The tensor that ``tensor`` is a view of, None if it is none."""
+    return tensor._base
+
+
+def tensor_version(tensor: "Tensor") -> int:
+    """How often the tensor has been changed in place."""
+    return tensor._version
+
+
 def forget_init_args_of_another_class() -> None:
     """Make jsonargparse start from a class's own defaults whenever a recipe names another class than before.
 

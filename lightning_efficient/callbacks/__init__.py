@@ -1,6 +1,7 @@
 """Lightning callbacks: thin plugins that decide when a technique is called."""
 
+from lightning_efficient.callbacks.attach_optimizer import AttachOptimizer
 from lightning_efficient.callbacks.compression_monitor import CompressionMonitor
 from lightning_efficient.callbacks.optimizer_guard import OptimizerGuard
 
-__all__ = ["CompressionMonitor", "OptimizerGuard"]
+__all__ = ["AttachOptimizer", "CompressionMonitor", "OptimizerGuard"]

@@ -20,9 +20,10 @@ from typing_extensions import override
 import lightning_efficient.callbacks
 import lightning_efficient.data
 import lightning_efficient.models
+import lightning_efficient.optimizers
 import lightning_efficient.strategies  # noqa: F401
 from lightning_efficient._compat import forget_init_args_of_another_class
-from lightning_efficient.callbacks import OptimizerGuard
+from lightning_efficient.callbacks import AttachOptimizer, OptimizerGuard
 from lightning_efficient.cli.errors import EXIT_BAD_INPUT, UserError, debugging, did_you_mean, report
 from lightning_efficient.cli.explain import explain, explain_construction
 from lightning_efficient.cli.processes import end_with_launcher, reap_children
@@ -100,6 +101,7 @@ class EfficientCLI(LightningCLI):
     - Models build their optimizers in `configure_optimizers`, from an `OptimizerCallable`: LightningCLI's own
       `--optimizer` builds them before callbacks can add modules, which then never train. It is switched off.
     - `OptimizerGuard` runs in every `fit`, unless `--optimizer_guard false`.
+    - `AttachOptimizer` gives optimizers that watch layers, such as `Eva`, the module.
     - Wrong input ends with one sentence and exit code 2.
 
     Args:
@@ -166,20 +168,21 @@ class EfficientCLI(LightningCLI):
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        if self.subcommand == "fit" and self.config[self.subcommand].get("optimizer_guard"):
+        if self.subcommand == "fit":
+            guard = self.config[self.subcommand].get("optimizer_guard")
             callbacks = self.config_init[self.subcommand]["trainer"]["callbacks"]
-            kwargs["callbacks"] = with_guard(callbacks)
+            own: list[Callback] = [AttachOptimizer(required=False), *([OptimizerGuard()] if guard else [])]
+            kwargs["callbacks"] = with_defaults(callbacks, own)
         trainer = super().instantiate_trainer(**kwargs)
         reap_children(trainer)
         return trainer
 
 
-def with_guard(callbacks: list[Callback] | Callback | None) -> list[Callback]:
-    """Return the callbacks of a recipe with an `OptimizerGuard` among them, exactly one."""
+def with_defaults(callbacks: list[Callback] | Callback | None, defaults: Iterable[Callback]) -> list[Callback]:
+    """Return the callbacks of a recipe, and each of the defaults of whose class it has none."""
     present = list(callbacks) if isinstance(callbacks, (list, tuple)) else [callbacks] if callbacks else []
-    if any(isinstance(callback, OptimizerGuard) for callback in present):
-        return present
-    return [*present, OptimizerGuard()]
+    missing = [each for each in defaults if not any(isinstance(other, type(each)) for other in present)]
+    return [*present, *missing]
 
 
 def _check_values(config: Namespace) -> None:

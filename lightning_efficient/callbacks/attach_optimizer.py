@@ -1,0 +1,215 @@
+"""`AttachOptimizer`: gives optimizers that watch layers the module, and shows what they do."""
+
+import statistics
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import nn
+from typing_extensions import override
+
+from lightning_efficient import _compat
+from lightning_efficient.eva import LayerReport
+from lightning_efficient.optimizers import Eva
+
+_CANCELLED = 1e-4
+"""A layer's output gradient counts as cancelled below this share of the largest of the model."""
+
+
+@runtime_checkable
+class Attachable(Protocol):
+    """What the callback looks for: an optimizer with ``attach`` and ``detach``."""
+
+    def attach(self, module: nn.Module, skip: Sequence[str] = ()) -> Any:
+        """Watch the layers of ``module``."""
+
+    def detach(self) -> None:
+        """Stop watching."""
+
+
+class AttachOptimizer(Callback):
+    """Attaches every optimizer that has ``attach`` (such as :class:`~lightning_efficient.optimizers.Eva`) to the module.
+
+    It does so at fit start: after the module is on its device, before a checkpoint's optimizer state is restored and
+    before a compiled module runs for the first time. Under a gradient scaler the optimizer learns the loss scale. Hooks
+    are taken off again when fit ends, however it ends.
+
+    Every ``log_every_n_steps`` optimizer steps, to every logger of the Trainer (of the first optimizer; further ones get
+    their number in the name):
+
+    ``eva/rho``
+        median over layers of the share of the captured direction that the preconditioner takes out of the gradient. Near
+        0 it does nothing.
+    ``eva/rho_max``
+        the largest of them.
+    ``eva/nu``
+        the step size factor of the last step.
+    ``eva/clipped``
+        share of the steps since the last entry that the KL clip made shorter. While it is 1, the learning rate has no
+        effect on the preconditioned layers.
+    ``eva/skipped_kv``
+        steps so far whose vectors were not finite and were dropped.
+
+    It warns once when the median of rho stays below ``warn_inert_below`` for two entries, and names layers whose output
+    gradient cancels out, as it does in front of BatchNorm. Between entries nothing is read from the device.
+
+    In the CLI, ``fit`` adds the callback by itself.
+
+    Args:
+        skip: shell patterns of names of modules to leave to the optimizer's fallback rule, such as ``"*lm_head"``.
+        log_every_n_steps: optimizer steps between entries.
+        warn_inert_below: a median of rho below it counts as inert.
+        required: warn where no optimizer can be attached; the CLI sets it to false for the one that it adds.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        skip: Sequence[str] = (),
+        *,
+        log_every_n_steps: int = 50,
+        warn_inert_below: float = 1e-3,
+        required: bool = True,
+    ) -> None:
+        if isinstance(skip, str):
+            raise ValueError(f"skip is the string {skip!r}: it is a list of patterns. Write [{skip!r}].")
+        if log_every_n_steps < 1:
+            raise ValueError(f"log_every_n_steps is {log_every_n_steps}: it counts steps. Set 1 or more.")
+        if not 0 <= warn_inert_below <= 1:
+            raise ValueError(
+                f"warn_inert_below is {warn_inert_below}: rho is a share. Set it in [0, 1]; 0 never warns."
+            )
+        self.skip = list(skip)
+        self.log_every_n_steps = log_every_n_steps
+        self.warn_inert_below = warn_inert_below
+        self.required = required
+        self.stats: dict[str, float] = {}
+        self._attached: list[Attachable] = []
+        self._due = 0
+        self._inert_entries = 0
+        self._warned: set[str] = set()
+        self._counted: dict[int, tuple[int, int]] = {}
+
+    # ---- attaching -------------------------------------------------------------------------------------------------
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._inert_entries, self._counted, self._warned = 0, {}, set()
+        found = [each for each in map(_bare, trainer.optimizers) if isinstance(each, Attachable)]
+        if not found and self.required:
+            rank_zero_warn(
+                "AttachOptimizer found no optimizer to attach: none has an attach method. Use "
+                "lightning_efficient.optimizers.Eva, or remove the callback."
+            )
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        for optimizer in found:
+            if not getattr(optimizer, "attached", False):
+                optimizer.attach(pl_module, skip=self.skip)
+            self._attached.append(optimizer)
+            if scaler is not None and isinstance(optimizer, Eva) and optimizer.loss_scale is None:
+                optimizer.loss_scale = lambda: _compat.loss_scale(scaler)
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._detach()
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._detach()
+
+    def _detach(self) -> None:
+        for optimizer in self._attached:
+            optimizer.detach()
+        self._attached = []
+
+    # ---- watching --------------------------------------------------------------------------------------------------
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._plan(trainer.global_step)
+
+    def _plan(self, step: int) -> None:
+        self._due = (step // self.log_every_n_steps + 1) * self.log_every_n_steps
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step < self._due:
+            return
+        self._plan(trainer.global_step)
+        for index, optimizer in enumerate(each for each in self._attached if isinstance(each, Eva)):
+            self._observe(trainer, pl_module, optimizer, index)
+
+    def _observe(self, trainer: pl.Trainer, module: nn.Module, optimizer: Eva, index: int) -> None:
+        reports = {name: report for name, report in optimizer.kv_report().items() if report.rho is not None}
+        if not reports or optimizer.nu is None:
+            return
+        shares = [report.rho for report in reports.values() if report.rho is not None]
+        stats, (steps, clipped) = optimizer.stats, self._counted.get(index, (0, 0))
+        taken = stats.counted_steps - steps
+        self._counted[index] = stats.counted_steps, stats.clipped
+        prefix = "eva" if index == 0 else f"eva{index}"
+        self.stats = {
+            f"{prefix}/rho": statistics.median(shares),
+            f"{prefix}/rho_max": max(shares),
+            f"{prefix}/nu": float(optimizer.nu),
+            f"{prefix}/clipped": (stats.clipped - clipped) / max(1, taken),
+            f"{prefix}/skipped_kv": float(stats.skipped_kv),
+        }
+        for logger in trainer.loggers:
+            logger.log_metrics(self.stats, step=trainer.global_step)
+        self._warn_if_inert(statistics.median(shares))
+        self._warn_of_cancelled(module, optimizer, reports)
+
+    def _warn_if_inert(self, rho: float) -> None:
+        self._inert_entries = self._inert_entries + 1 if rho < self.warn_inert_below else 0
+        if self._inert_entries == 2:
+            self._warn(
+                "inert",
+                f"Eva's curvature term is numerically inert: the median of eva/rho is {rho:.1e}, so that the update is a "
+                "scaled gradient. Lower damping, or use g_scale='expectation', damping_mode='relative' or "
+                "variant='eva_f'.",
+            )
+
+    def _warn_of_cancelled(self, module: nn.Module, optimizer: Eva, reports: dict[str, LayerReport]) -> None:
+        """Over the whole batch, the backward of BatchNorm has mean zero: what is left of g is rounding."""
+        if optimizer.config.kv_samples is not None or optimizer.config.variant != "eva":
+            return
+        norms = {name: report.g_norm for name, report in reports.items() if report.g_norm is not None}
+        cancelled = [name for name, norm in norms.items() if norm < _CANCELLED * max(norms.values())]
+        if cancelled and any(isinstance(each, nn.modules.batchnorm._BatchNorm) for each in module.modules()):
+            self._warn(
+                "cancelled",
+                f"The output gradients of {', '.join(cancelled[:3])}{' and others' if len(cancelled) > 3 else ''} cancel "
+                "out over the batch, as they do in front of BatchNorm: Eva has no curvature there. Use variant='eva_f', "
+                "or set kv_samples below the batch size.",
+            )
+
+    def _warn(self, kind: str, message: str) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            rank_zero_warn(message)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for optimizer in self._attached:
+            if isinstance(optimizer, Eva) and optimizer.stats.counted_steps:
+                stats = optimizer.stats
+                shares = [report.rho for report in optimizer.kv_report().values() if report.rho is not None]
+                rank_zero_info(
+                    f"Eva: {stats.counted_steps} steps preconditioned {len(shares)} layers, {stats.kv_updates} vector "
+                    f"updates ({stats.skipped_kv} dropped), median rho {statistics.median(shares or [0.0]):.2g}, "
+                    f"{stats.clipped / stats.counted_steps:.0%} of the steps clipped"
+                )
+
+
+def _bare(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer itself: what is set on Lightning's wrapper stays on the wrapper."""
+    inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
+    return inner
