@@ -31,18 +31,17 @@ class Attachable(Protocol):
 
 
 class AttachOptimizer(Callback):
-    """Attaches every optimizer that has ``attach`` (such as :class:`~lightning_efficient.optimizers.Eva`) to the module.
+    """Attaches each optimizer that has ``attach``, such as :class:`~lightning_efficient.optimizers.Eva`, to the module.
 
     It does so at fit start: after the module is on its device, before a checkpoint's optimizer state is restored and
     before a compiled module runs for the first time. Under a gradient scaler the optimizer learns the loss scale. Hooks
     are taken off again when fit ends, however it ends.
 
-    Every ``log_every_n_steps`` optimizer steps, to every logger of the Trainer (of the first optimizer; further ones get
-    their number in the name):
+    Every ``log_every_n_steps`` optimizer steps, to every logger of the Trainer (a second optimizer logs ``eva1/...``):
 
     ``eva/rho``
-        median over layers of the share of the captured direction that the preconditioner takes out of the gradient. Near
-        0 it does nothing.
+        median over layers of the share of the captured direction that the preconditioner takes out of the gradient.
+        Near 0 it does nothing.
     ``eva/rho_max``
         the largest of them.
     ``eva/nu``
@@ -172,7 +171,7 @@ class AttachOptimizer(Callback):
         if self._inert_entries == 2:
             self._warn(
                 "inert",
-                f"Eva's curvature term is numerically inert: the median of eva/rho is {rho:.1e}, so that the update is a "
+                f"Eva's curvature term is numerically inert: the median of eva/rho is {rho:.1e}, so the update is a "
                 "scaled gradient. Lower damping, or use g_scale='expectation', damping_mode='relative' or "
                 "variant='eva_f'.",
             )
@@ -186,9 +185,9 @@ class AttachOptimizer(Callback):
         if cancelled and any(isinstance(each, nn.modules.batchnorm._BatchNorm) for each in module.modules()):
             self._warn(
                 "cancelled",
-                f"The output gradients of {', '.join(cancelled[:3])}{' and others' if len(cancelled) > 3 else ''} cancel "
-                "out over the batch, as they do in front of BatchNorm: Eva has no curvature there. Use variant='eva_f', "
-                "or set kv_samples below the batch size.",
+                f"The output gradients of {', '.join(cancelled[:3])}{' and others' if len(cancelled) > 3 else ''} "
+                "cancel out over the batch, as they do in front of BatchNorm: Eva has no curvature there. Use "
+                "variant='eva_f', or set kv_samples below the batch size.",
             )
 
     def _warn(self, kind: str, message: str) -> None:

@@ -1,8 +1,8 @@
 """Capture the Kronecker vectors of a module's layers while it trains.
 
-A forward hook sums the layer's input and hands the sum to a hook on the output tensor; that hook, which runs only where
-the graph is really back-propagated, adds both vectors to the pending ones. So an evaluation pass, a dropped forward, and
-the second forward of activation checkpointing leave no trace, and accumulated micro-batches add up.
+A forward hook sums the layer's input and hands the sum to a hook on the output tensor; that one, which runs only where
+the graph is really back-propagated, adds both vectors to the pending ones. So an evaluation pass, a dropped forward,
+and the second forward of activation checkpointing leave no trace, and accumulated micro-batches add up.
 
 Pending vectors lie in one flat tensor with the same layout on every rank, whatever each of them used: the collective of
 a step is one all-reduce of it.
@@ -54,8 +54,8 @@ class KVCapture:
         layout: of these layers.
         samples: how many samples of each batch count, from the first on; ``None``: all.
         outputs: whether output gradients are wanted too.
-        g_scale: ``"expectation"``: output gradients are summed over rows, as a bias does, and a subset of samples stands
-            for all; ``"reference"``: averaged over the rows that count, as the published code does.
+        g_scale: ``"expectation"``: output gradients are summed over rows, as a bias does, and a subset of samples
+            stands for all; ``"reference"``: averaged over the rows that count, as the published code does.
         dtype: of the sums.
         device: of the sums.
     """
@@ -81,7 +81,8 @@ class KVCapture:
         self._last_input: tuple[weakref.ref[Tensor], int, Tensor] | None = None
         sizes = [sum(layout.input_sizes), sum(layout.output_sizes) if outputs else 0, len(layers)]
         self._pending = torch.zeros(sum(sizes), dtype=dtype, device=device)
-        self._a_A, self._g_R, self._rows_L = self._pending.split(sizes)
+        parts: tuple[Tensor, Tensor, Tensor] = self._pending.split(sizes)
+        self._a_A, self._g_R, self._rows_L = parts
         self._a = self._a_A.split(layout.input_sizes)
         self._g = self._g_R.split(layout.output_sizes) if outputs else ()
         self._rows = self._rows_L.unbind()
@@ -114,7 +115,7 @@ class KVCapture:
         self._eager_rows = [0] * len(self._layers)
 
     @property
-    def rows_L(self) -> Tensor:
+    def rows(self) -> Tensor:
         """Rows captured since the last :meth:`clear`, by layer, once :meth:`reduce` was called."""
         return self._rows_L
 
@@ -125,7 +126,7 @@ class KVCapture:
     ) -> None:
         if not (self.enabled and module.training and torch.is_grad_enabled() and output.requires_grad):
             return
-        if not module.weight.requires_grad:  # type: ignore[union-attr]
+        if not module.weight.requires_grad:
             return
         x = args[0] if args else kwargs["input"]
         rows, share = count_rows(module, output, samples=self.samples)

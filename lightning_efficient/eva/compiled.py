@@ -14,7 +14,7 @@ from lightning_efficient.eva.step import Group, LayerTensors, group_of_layers, r
 
 
 class FusablePasses:
-    """The passes as plain expressions, for a compiler: run eagerly they would allocate a weight's size several times."""
+    """The passes as plain expressions, for a compiler: run eagerly they would need several temporaries."""
 
     def project(self, tensors: LayerTensors) -> tuple[Tensor, Tensor]:
         """See :class:`~lightning_efficient.eva.step.Passes`."""

@@ -45,7 +45,8 @@ def outer_of_axes(others: Tensor, shape: torch.Size) -> Tensor:
         others: of :class:`AxisMeans`.
         shape: of the tensor that the means belong to.
     """
-    product, *rest = others.split(list(shape[1:]))
+    first, *rest = others.split(list(shape[1:]))
+    product: Tensor = first
     for vector in rest:
         product = torch.outer(product, vector).flatten()
     return product

@@ -97,7 +97,7 @@ def find_layers(module: nn.Module, parameters: Iterable[Tensor], skip: Sequence[
                 reasons[names[key]] = "its memory is neither contiguous nor channels-last"
                 continue
             bias = owner.bias if owner.bias is not None and id(owner.bias) in wanted else None
-            bias = bias if bias is None or len(owners[id(bias)]) == 1 else None
+            bias = bias if isinstance(bias, nn.Parameter) and len(owners[id(bias)]) == 1 else None
             layers.append(Layer(name, owner.weight, bias, owner, groups_of(owner)))
     with_vectors = {id(layer.bias) for layer in layers}
     for key, uses in owners.items():

@@ -51,21 +51,23 @@ class Plan:
 
     def groups(self, param_groups: Sequence[dict[str, Any]], *, as_tensors: bool) -> list[Group]:
         """Return the settings of each group; as scalar tensors for a compiled step."""
-        rows: list[Sequence[float | Tensor]] = [(g["lr"], g["momentum"], g["weight_decay"]) for g in param_groups]
+        rows: list[Any] = [(g["lr"], g["momentum"], g["weight_decay"]) for g in param_groups]
         if as_tensors:
             rows = [row.unbind() for row in send(torch.tensor(rows, dtype=self._dtype), self._device)]
         return [
             Group(
-                size,
-                *row,
+                size=size,
+                lr=lr,
+                momentum=momentum,
+                weight_decay=weight_decay,
                 has_momentum=group["momentum"] > 0,
                 nesterov=group["nesterov"],
                 decoupled_weight_decay=group["decoupled_weight_decay"],
             )
-            for size, row, group in zip(self.sizes, rows, param_groups, strict=False)
+            for size, (lr, momentum, weight_decay), group in zip(self.sizes, rows, param_groups, strict=False)
         ]
 
-    def damping_L(self, param_groups: Sequence[dict[str, Any]]) -> Tensor:
+    def damping(self, param_groups: Sequence[dict[str, Any]]) -> Tensor:
         """Return the damping of each layer, sent to the device only where it has changed."""
         values = tuple(float(group["damping"]) for group in param_groups)
         if self._damping is None or self._damping[0] != values:
@@ -73,7 +75,7 @@ class Plan:
             self._damping = values, send(torch.tensor(by_layer, dtype=self._dtype), self._device)
         return self._damping[1]
 
-    def bias_grad_R(self) -> Tensor | None:
+    def bias_grads(self) -> Tensor | None:
         """Return the gradients of the biases, 0 where a layer has none; None where no layer has one."""
         if not any(bias is not None for bias in self.biases):
             return None

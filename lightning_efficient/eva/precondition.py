@@ -121,7 +121,7 @@ def step_size(
     gamma_L: Tensor | None,
     rescale: Rescale,
     kl_clip: float | None,
-    lrs: Sequence[Tensor | float],
+    lrs: Sequence[float],
     group_sizes: Sequence[int],
 ) -> StepSize:
     r"""Compute the factor of each layer's update.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 def running_average(old_A: Tensor, new_A: Tensor, *, new_weight: float | Literal["sum"], accept: Tensor) -> Tensor:
     """Average ``new_A`` into ``old_A``.
 
-    The first value of an entry is taken as it is. A NaN in ``new_A`` (a layer that was not used) leaves its entry alone.
+    The first value of an entry is taken as it is. A NaN in ``new_A`` (a layer without use) leaves its entry alone.
 
     Args:
         old_A: averages; NaN where there was no value yet.
@@ -64,7 +64,7 @@ class RunningVectors:
             if value is not None and value.numel() != size:
                 raise ValueError(
                     f"The state of layer {name!r} has {key} of {value.numel()} entries, but its weight of shape "
-                    f"{tuple(weight.shape)} needs {size}: the checkpoint is of another model. Load the one of this model."
+                    f"{tuple(weight.shape)} needs {size}: the checkpoint is of another model. Load the one of this."
                 )
         missing = [torch.full((size,), torch.nan, dtype=self._dtype, device=self._device) for size in self._sizes]
         return torch.cat(

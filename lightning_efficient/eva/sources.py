@@ -88,7 +88,7 @@ class LayerVectors:
 
     def unseen(self, active: Sequence[bool]) -> list[str]:
         """Return the names of active layers that no rank has captured since the last step. Waits for the device."""
-        rows = self._capture.rows_L.tolist()
+        rows = self._capture.rows.tolist()
         return [
             layer.name
             for layer, is_active, count in zip(self.layers, active, rows, strict=True)

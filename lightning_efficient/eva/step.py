@@ -32,13 +32,13 @@ class Rule:
 class Group:
     """The settings of one parameter group and how many layers, in order, it has.
 
-    ``lr``, ``momentum`` and ``weight_decay`` are numbers, or scalar tensors for a compiled step.
+    In a compiled step ``lr``, ``momentum`` and ``weight_decay`` are scalar tensors, which behave as numbers do.
     """
 
     size: int
-    lr: float | Tensor
-    momentum: float | Tensor
-    weight_decay: float | Tensor
+    lr: float
+    momentum: float
+    weight_decay: float
     has_momentum: bool
     nesterov: bool
     decoupled_weight_decay: bool

@@ -1,7 +1,7 @@
-"""The two passes as Triton kernels, each one launch for all layers; deterministic, and without waiting for the device.
+"""The two passes as one launch each of a Triton kernel, for all layers; deterministic, and no wait for the device.
 
-A layer of G groups is G matrices. Addresses, sizes and offsets of the matrices lie in tables on the device; a program
-looks up its matrix and its block of it. :class:`~lightning_efficient.eva.step.EagerPasses` has the same signature.
+A layer of G groups is G matrices. Addresses, sizes and offsets of the matrices lie in tables on the device.
+:class:`~lightning_efficient.eva.step.EagerPasses` is the same in torch's operations.
 
 Dimension letters: S matrices; R rows of all matrices; L layers; O rows and D columns of one matrix.
 """
@@ -11,76 +11,26 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from lightning_efficient.eva.layout import send
 from lightning_efficient.eva.step import Group, LayerTensors, group_of_layers
+from lightning_efficient.eva.triton_kernels import project_kernel, update_kernel
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float64: tl.float64}
+_VECTOR = 16  # bytes of the widest load
 _ROWS, _COLUMNS = 16, 256
 _UPDATE_ROWS, _UPDATE_COLUMNS = 8, 512
 
 
-@triton.jit
-def _project_kernel(
-    grad_address, a_ptr, u_ptr, square_ptr, size_O, size_D, offset_a, offset_row, tile_matrix, tile_row,
-    dtype: tl.constexpr, wide: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Rows of one matrix: u = G a and the squared norm of each row, summed in a fixed order."""
-    tile = tl.program_id(0)
-    matrix = tl.load(tile_matrix + tile)
-    O, D = tl.load(size_O + matrix), tl.load(size_D + matrix)
-    grad = tl.load(grad_address + matrix).to(tl.pointer_type(dtype))
-    a = a_ptr + tl.load(offset_a + matrix)
-    rows = tl.load(tile_row + tile) + tl.arange(0, BLOCK_O)
-    u = tl.zeros((BLOCK_O, BLOCK_D), dtype=wide)
-    square = tl.zeros((BLOCK_O, BLOCK_D), dtype=wide)
-    for start in range(0, D, BLOCK_D):
-        columns = start + tl.arange(0, BLOCK_D)
-        inside = (rows < O)[:, None] & (columns < D)[None, :]
-        block = tl.load(grad + rows.to(tl.int64)[:, None] * D + columns[None, :], mask=inside, other=0.0).to(wide)
-        u += block * tl.load(a + columns, mask=columns < D, other=0.0)[None, :]
-        square += block * block
-    out = tl.load(offset_row + matrix) + rows
-    tl.store(u_ptr + out, tl.sum(u, 1), mask=rows < O)
-    tl.store(square_ptr + out, tl.sum(square, 1), mask=rows < O)
+@dataclass(frozen=True)
+class _Addresses:
+    """Where the matrices of one kind start, here and on the device, and whether wide loads may start there."""
 
-
-@triton.jit
-def _update_kernel(
-    weight_address, momentum_address, grad_address, left_ptr, a_ptr, scale_ptr, lr_ptr, mu_ptr, decay_ptr,
-    size_O, size_D, offset_a, offset_row, tile_matrix, tile_row, tile_column,
-    dtype: tl.constexpr, wide: tl.constexpr, has_momentum: tl.constexpr, nesterov: tl.constexpr,
-    decoupled: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """A block of one matrix: D = c G - l a^T + decay W; M = mu M + D; W = W - lr M."""
-    tile = tl.program_id(0)
-    matrix = tl.load(tile_matrix + tile)
-    O, D = tl.load(size_O + matrix), tl.load(size_D + matrix)
-    rows = tl.load(tile_row + tile) + tl.arange(0, BLOCK_O)
-    columns = tl.load(tile_column + tile) + tl.arange(0, BLOCK_D)
-    inside = (rows < O)[:, None] & (columns < D)[None, :]
-    at = rows.to(tl.int64)[:, None] * D + columns[None, :]
-    lr, mu, decay = tl.load(lr_ptr + matrix), tl.load(mu_ptr + matrix), tl.load(decay_ptr + matrix)
-
-    weights = tl.load(weight_address + matrix).to(tl.pointer_type(dtype)) + at
-    grads = tl.load(grad_address + matrix).to(tl.pointer_type(dtype)) + at
-    left = tl.load(left_ptr + tl.load(offset_row + matrix) + rows, mask=rows < O, other=0.0)
-    a = tl.load(a_ptr + tl.load(offset_a + matrix) + columns, mask=columns < D, other=0.0)
-    old = tl.load(weights, mask=inside, other=0.0).to(wide)
-    step = tl.load(scale_ptr + matrix) * tl.load(grads, mask=inside, other=0.0).to(wide) - left[:, None] * a[None, :]
-    if decoupled:
-        old = old * (1 - lr * decay)
-    else:
-        step = step + decay * old
-    if has_momentum:
-        momenta = tl.load(momentum_address + matrix).to(tl.pointer_type(dtype)) + at
-        momentum = mu * tl.load(momenta, mask=inside, other=0.0).to(wide) + step
-        tl.store(momenta, momentum.to(dtype), mask=inside)
-        step = step + mu * momentum if nesterov else momentum
-    tl.store(weights, (old - lr * step).to(dtype), mask=inside)
+    values: list[int]
+    table: Tensor
+    aligned: bool
 
 
 @dataclass(frozen=True)
@@ -88,6 +38,7 @@ class _Tables:
     """What the kernels look up: by matrix, then by tile."""
 
     shapes: list[tuple[int, ...]]
+    columns: list[int]
     size_O: Tensor
     size_D: Tensor
     offset_a: Tensor
@@ -106,7 +57,7 @@ class TritonPasses:
 
     def __init__(self) -> None:
         self._tables: _Tables | None = None
-        self._addresses: dict[str, tuple[list[int], Tensor]] = {}
+        self._addresses: dict[str, _Addresses] = {}
         self._settings: tuple[list[list[float]], Tensor] | None = None
 
     def project(self, tensors: LayerTensors) -> tuple[Tensor, Tensor]:
@@ -115,11 +66,11 @@ class TritonPasses:
         a_A = torch.cat([a.reshape(-1) for a in tensors.inputs])
         rows = int(sum(shape[0] * shape[1] if len(shape) == 3 else shape[0] for shape in tables.shapes))
         u_R, square_R = a_A.new_empty(rows), a_A.new_empty(rows)
-        grads = [grad.contiguous() for grad in tensors.grads]
-        _project_kernel[(len(tables.project_tiles[0]),)](
-            self._address("grads", grads), a_A, u_R, square_R, tables.size_O, tables.size_D, tables.offset_a,
-            tables.offset_row, *tables.project_tiles,
-            dtype=_TYPES[dtype], wide=_TYPES[a_A.dtype], BLOCK_O=_ROWS, BLOCK_D=_COLUMNS,
+        grads = self._address("grads", [grad.contiguous() for grad in tensors.grads])
+        project_kernel[(len(tables.project_tiles[0]),)](
+            grads.table, a_A, u_R, square_R, tables.size_O, tables.size_D, tables.offset_a, tables.offset_row,
+            *tables.project_tiles, dtype=_TYPES[dtype], wide=_TYPES[a_A.dtype],
+            align=_alignment(tables, dtype, grads), BLOCK_O=_ROWS, BLOCK_D=_COLUMNS,
         )  # fmt: skip
         return u_R, torch.segment_reduce(square_R, "sum", offsets=tables.starts_S, unsafe=True)
 
@@ -134,42 +85,42 @@ class TritonPasses:
             )
         has_momentum, nesterov, decoupled = kinds.pop()
         a_A = torch.cat([a.reshape(-1) for a in tensors.inputs])
-        grads = [grad.contiguous() for grad in tensors.grads]
+        weights, momenta = self._address("weights", tensors.weights), self._address("momenta", tensors.momenta)
+        grads = self._address("grads", [grad.contiguous() for grad in tensors.grads])
         lr, mu, decay = self._setting_tables(groups, tables, left_R)
-        _update_kernel[(len(tables.update_tiles[0]),)](
-            self._address("weights", tensors.weights),
-            self._address("momenta", tensors.momenta),
-            self._address("grads", grads),
-            left_R, a_A, scale_L[tables.layer], lr, mu, decay, tables.size_O, tables.size_D, tables.offset_a,
-            tables.offset_row, *tables.update_tiles,
+        update_kernel[(len(tables.update_tiles[0]),)](
+            weights.table, momenta.table, grads.table, left_R, a_A, scale_L[tables.layer], lr, mu, decay,
+            tables.size_O, tables.size_D, tables.offset_a, tables.offset_row, *tables.update_tiles,
             dtype=_TYPES[dtype], wide=_TYPES[a_A.dtype], has_momentum=has_momentum, nesterov=nesterov,
-            decoupled=decoupled, BLOCK_O=_UPDATE_ROWS, BLOCK_D=_UPDATE_COLUMNS,
+            decoupled=decoupled, align=_alignment(tables, dtype, weights, momenta, grads),
+            BLOCK_O=_UPDATE_ROWS, BLOCK_D=_UPDATE_COLUMNS,
         )  # fmt: skip
 
     def _prepare(self, tensors: LayerTensors) -> tuple[_Tables, torch.dtype]:
         (dtype,) = _one({w.dtype for w in tensors.weights}, "types")
         shapes = [tuple(w.shape) for w in tensors.weights]
+        for tensor in (*tensors.weights, *tensors.momenta):
+            if not tensor.is_contiguous():
+                raise ValueError(
+                    f"A weight of shape {tuple(tensor.shape)} has strides {tensor.stride()}: the Triton step needs "
+                    "contiguous weights. Call .contiguous() on it before training, or set backend='eager'."
+                )
         if self._tables is None or self._tables.shapes != shapes:
-            for tensor in (*tensors.weights, *tensors.momenta):
-                if not tensor.is_contiguous():
-                    raise ValueError(
-                        f"A weight of shape {tuple(tensor.shape)} has strides {tensor.stride()}: the Triton step needs "
-                        "contiguous weights. Call .contiguous() on it before training, or set backend='eager'."
-                    )
             self._tables = _make_tables(shapes, tensors.weights[0].device)
             self._settings = None
         return self._tables, dtype
 
-    def _address(self, kind: str, tensors: Sequence[Tensor]) -> Tensor:
+    def _address(self, kind: str, tensors: Sequence[Tensor]) -> "_Addresses":
         """The address of every matrix, on the device; sent again only where one has moved."""
         addresses = [
             tensor.data_ptr() + index * tensor[0].numel() * tensor.element_size()
             for tensor in tensors
             for index in range(tensor.shape[0] if tensor.ndim == 3 else 1)
         ]
-        if kind not in self._addresses or self._addresses[kind][0] != addresses:
-            self._addresses[kind] = addresses, send(torch.tensor(addresses), tensors[0].device)
-        return self._addresses[kind][1]
+        if kind not in self._addresses or self._addresses[kind].values != addresses:
+            table = send(torch.tensor(addresses), tensors[0].device)
+            self._addresses[kind] = _Addresses(addresses, table, all(address % _VECTOR == 0 for address in addresses))
+        return self._addresses[kind]
 
     def _setting_tables(self, groups: Sequence[Group], tables: _Tables, like: Tensor) -> Tensor:
         """(3, S): learning rate, momentum and weight decay of each matrix."""
@@ -203,6 +154,7 @@ def _make_tables(shapes: list[tuple[int, ...]], device: torch.device) -> _Tables
     starts = [0, *torch.tensor(sizes_O).cumsum(0).tolist()]
     return _Tables(
         shapes=shapes,
+        columns=sizes_D,
         size_O=table(sizes_O),
         size_D=table(sizes_D),
         offset_a=table([0, *torch.tensor(sizes_D).cumsum(0).tolist()][:-1]),
@@ -212,6 +164,13 @@ def _make_tables(shapes: list[tuple[int, ...]], device: torch.device) -> _Tables
         project_tiles=columns(project),
         update_tiles=columns(update),
     )
+
+
+def _alignment(tables: _Tables, dtype: torch.dtype, *addresses: _Addresses) -> int:
+    """Entries of which every row and matrix is a multiple, so that they can be loaded together; 1 if there are none."""
+    entries = _VECTOR // dtype.itemsize
+    fits = all(each.aligned for each in addresses) and all(columns % entries == 0 for columns in tables.columns)
+    return entries if fits else 1
 
 
 def _one(found: set[torch.dtype], what: str) -> set[torch.dtype]:

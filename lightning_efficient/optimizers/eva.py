@@ -75,7 +75,8 @@ class Eva(Optimizer):
 
     Args:
         params: parameters or groups. A group may set ``lr``, ``damping``, ``momentum``, ``nesterov``, ``weight_decay``,
-            ``decoupled_weight_decay``, ``betas``, ``eps``, and ``fallback: True``, which sends all of it to the fallback.
+            ``decoupled_weight_decay``, ``betas``, ``eps``; and ``fallback: True``, which sends all of it to the
+            fallback rule.
         lr: learning rate, :math:`\eta`.
         variant: ``"eva"``, ``"eva_f"`` (inputs only: no output gradient is needed) or ``"eva_s"`` (gradients only: no
             module is needed).
@@ -282,7 +283,7 @@ class Eva(Optimizer):
 
     @torch.no_grad()
     @override
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step.
 
         Args:
@@ -338,9 +339,9 @@ class Eva(Optimizer):
             plan.groups(self.param_groups, as_tensors=self.config.backend == "compiled"),
             a_A=a_A,
             g_R=g_R,
-            bias_grad_R=plan.bias_grad_R(),
+            bias_grad_R=plan.bias_grads(),
             has_bias_S=plan.has_bias_S,
-            damping_L=plan.damping_L(self.param_groups),
+            damping_L=plan.damping(self.param_groups),
             layout=plan.layout,
             rule=self.config.rule,
         )
@@ -411,8 +412,8 @@ class Eva(Optimizer):
             for p in group["params"]:
                 if p.grad is not None and p.grad.is_sparse:
                     raise TypeError(
-                        f"The gradient of {self._names.get(id(p), 'a parameter')} is sparse: Eva and its fallback rules "
-                        "are dense. Make the embedding with sparse=False, or give it an optimizer of its own."
+                        f"The gradient of {self._names.get(id(p), 'a parameter')} is sparse: Eva and its fallback "
+                        "rules are dense. Make the embedding with sparse=False, or give it an optimizer of its own."
                     )
 
     def _set_capturing(self) -> None:
@@ -474,8 +475,8 @@ class Eva(Optimizer):
                     self.state[p][name] = saved[key][name].detach().to(p.device, wide_dtype([p]), copy=True)
         if any("momentum_buffer" in each for each in saved.values()) and not any("kv_a" in e for e in saved.values()):
             warnings.warn(
-                "The optimizer state has momentum but no Kronecker vectors (it was not saved by Eva, or by Eva-s): they "
-                "start anew. Resume from a checkpoint of Eva to continue exactly.",
+                "The optimizer state has momentum but no Kronecker vectors (it was not saved by Eva): they start anew. "
+                "Resume from a checkpoint of Eva to continue exactly.",
                 stacklevel=2,
             )
         if self._source is not None:

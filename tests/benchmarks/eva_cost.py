@@ -141,8 +141,8 @@ def report(costs: list[Cost], command: str) -> str:
     lines = [
         "# What a step of Eva costs",
         "",
-        "Medians of CPU time on one thread; all methods of a table take turns, step by step, in one process. Ratios are "
-        f"to {BASE} (momentum 0.9) of the same table. *State*: entries kept between steps, over the parameters.",
+        "Medians of CPU time on one thread; all methods of a table take turns, step by step, in one process. Ratios "
+        f"are to {BASE} (momentum 0.9) of the same table. *State*: entries kept between steps, over the parameters.",
         "",
         f"Command: `{command}`",
         "",

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.plugins.table import ROWS, Row
+from tests.plugins.table import ROWS, Setting
 from tests.plugins.tiny import BATCHES, TinyData, TinyModule, flat_weights
 from tests.support.trainers import make_trainer
 
@@ -40,21 +40,18 @@ class Training:
 
 def train(rank: int, world_size: int, name: str) -> Training:
     row = ROWS[name]
-    in_oracles = {
-        key: _fit(world_size, row, trainer_args=oracle.trainer(), max_epochs=EPOCHS)[0]
-        for key, oracle in row.oracles.items()
-    }
+    in_oracles = {key: _fit(world_size, oracle, max_epochs=EPOCHS)[0] for key, oracle in row.oracles.items()}
     threads = set(threading.enumerate())
-    module, keep_ddp = TinyModule(row.lr), _KeepDDP()
+    module, keep_ddp = TinyModule(row.optimizer), _KeepDDP()
     args = row.trainer()
     trainer = make_trainer(world_size, max_epochs=10, **{**args, "callbacks": [*args.get("callbacks", []), keep_ddp]})
-    before = row.activity(row.plugin(trainer))
+    before = row.activity(trainer)
     start = flat_weights(module).double()
     trainer.fit(module, TinyData())
     return Training(
         losses=module.losses,
         moved=float((flat_weights(module).double() - start).norm()),
-        activity=row.activity(row.plugin(trainer)),
+        activity=row.activity(trainer),
         activity_before=before,
         weights=flat_weights(module),
         in_oracles={key: flat_weights(each) for key, each in in_oracles.items()},
@@ -131,29 +128,29 @@ def other_modes(rank: int, world_size: int, name: str) -> Modes:
 
 def _fit(
     world_size: int,
-    row: Row,
+    setting: Setting,
     data: TinyData | None = None,
     *,
     trainer_args: dict[str, Any] | None = None,
     ckpt_path: str | None = None,
     **kwargs: Any,
 ) -> tuple[TinyModule, Trainer]:
-    module = TinyModule(row.lr)
+    module = TinyModule(setting.optimizer)
     if "precision" not in kwargs:  # a checkpoint is restored before the Trainer converts the module to float64
         module.double()
-    trainer = make_trainer(world_size, **{**(trainer_args or row.trainer()), **kwargs})
+    trainer = make_trainer(world_size, **{**(trainer_args or setting.trainer()), **kwargs})
     trainer.fit(module, data or TinyData(), ckpt_path=ckpt_path)
     assert trainer.global_step == BATCHES * kwargs["max_epochs"]
     return module, trainer
 
 
-def _validate(world_size: int, row: Row, args: dict[str, Any]) -> float:
-    (metrics,) = make_trainer(world_size, **args).validate(TinyModule(row.lr), TinyData(), verbose=False)
+def _validate(world_size: int, row: Setting, args: dict[str, Any]) -> float:
+    (metrics,) = make_trainer(world_size, **args).validate(TinyModule(row.optimizer), TinyData(), verbose=False)
     return float(metrics["val_loss"])
 
 
-def _predict(world_size: int, row: Row, args: dict[str, Any]) -> Tensor:
-    predicted = make_trainer(world_size, **args).predict(TinyModule(row.lr), TinyData())
+def _predict(world_size: int, row: Setting, args: dict[str, Any]) -> Tensor:
+    predicted = make_trainer(world_size, **args).predict(TinyModule(row.optimizer), TinyData())
     return torch.cat(predicted)  # type: ignore[arg-type]
 
 

@@ -1,7 +1,8 @@
 """What each plugin must equal: the same training in one process, in plain torch, with its own arithmetic.
 
-A reference turns the gradients of all ranks into the one gradient every rank applies. It is made anew for each run and
-may carry state from step to step.
+A reference makes, for a module, the function of a step: it takes the shares of a batch that the ranks would see, and
+updates the weights. For a compressor that is an optimizer behind what turns the gradients of all ranks into the one
+that every rank applies; for an optimizer it stands in a file of its own.
 """
 
 from collections.abc import Callable
@@ -10,10 +11,43 @@ import torch
 from torch import Tensor
 
 from tests.compression.reference import ReferenceACP, ReferencePowerSGD, compressed_shapes
-from tests.plugins.tiny import TinyModule, flat_weights, joint_batches, share
+from tests.plugins.tiny import PLAIN_SGD, Batch, MakeOptimizer, TinyModule, flat_weights, joint_batches, share
 
+Step = Callable[[list[Batch]], None]
+Reference = Callable[[TinyModule], Step]
 Gradients = dict[str, Tensor]
 Reduce = Callable[[list[Gradients]], Gradients]
+
+
+def train_reference(reference: Reference, *, world_size: int, epochs: int) -> Tensor:
+    """Train `TinyModule` in float64 and return its final weights as one vector."""
+    module = TinyModule().double()
+    step = reference(module)
+    for _ in range(epochs):
+        for batch in joint_batches():
+            step([share(batch, rank, world_size) for rank in range(world_size)])
+    return flat_weights(module)
+
+
+def exchanging(make_reduce: Callable[[], Reduce], make_optimizer: MakeOptimizer = PLAIN_SGD) -> Reference:
+    """An optimizer that applies what `reduce` makes of the ranks' gradients."""
+
+    def on(module: TinyModule) -> Step:
+        optimizer, reduce = make_optimizer(module.parameters()), make_reduce()
+
+        def step(shares: list[Batch]) -> None:
+            for name, gradient in reduce([_gradients(module, each) for each in shares]).items():
+                module.get_parameter(name).grad = gradient
+            optimizer.step()
+
+        return step
+
+    return on
+
+
+def _gradients(module: TinyModule, batch: Batch) -> Gradients:
+    names, parameters = zip(*module.named_parameters(), strict=True)
+    return dict(zip(names, torch.autograd.grad(module.loss(batch), parameters), strict=True))
 
 
 def mean(per_rank: list[Gradients]) -> Gradients:
@@ -74,21 +108,3 @@ def in_bfloat16(per_rank: list[Gradients]) -> Gradients:
         name: sum((g[name] / len(per_rank)).bfloat16() for g in per_rank).double()  # type: ignore[union-attr]
         for name in per_rank[0]
     }
-
-
-def train_reference(reduce: Reduce, *, world_size: int, lr: float, epochs: int) -> Tensor:
-    """Train `TinyModule` in float64 and return its final weights as one vector."""
-    module = TinyModule(lr).double()
-    optimizer = module.configure_optimizers()
-    for _ in range(epochs):
-        for batch in joint_batches():
-            per_rank = [_gradients(module, share(batch, rank, world_size)) for rank in range(world_size)]
-            for name, gradient in reduce(per_rank).items():
-                module.get_parameter(name).grad = gradient
-            optimizer.step()
-    return flat_weights(module)
-
-
-def _gradients(module: TinyModule, batch: tuple[Tensor, Tensor]) -> Gradients:
-    names, parameters = zip(*module.named_parameters(), strict=True)
-    return dict(zip(names, torch.autograd.grad(module.loss(batch), parameters), strict=True))

@@ -5,16 +5,21 @@ A new technique adds one row, and a reference to `references.py` if its arithmet
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
+from torch.optim import SGD
 
-from lightning_efficient.callbacks import CompressionMonitor, OptimizerGuard
+from lightning_efficient.callbacks import AttachOptimizer, CompressionMonitor, OptimizerGuard
 from lightning_efficient.compression import ACPSGD, Compressor, HalfPrecision, PowerSGD, SignSGD, TopK
+from lightning_efficient.optimizers import Eva
 from lightning_efficient.strategies import CompressedDDPStrategy
 from tests.plugins import references
-from tests.plugins.references import Reduce
+from tests.plugins.reference_eva import eva, eva_s
+from tests.plugins.references import Reduce, Reference, exchanging
+from tests.plugins.tiny import PLAIN_SGD, MakeOptimizer, TinyModule, sgd
 
 TrainerArgs = dict[str, Any]
 
@@ -22,65 +27,86 @@ EXACT = 1e-12
 """Sums of float64 terms in another order over a dozen steps give a few 1e-15; a wrong formula shows as 1e-3."""
 
 
-@dataclass(frozen=True)
-class Oracle:
+SMALL_STEPS = sgd(0.02)
+"""For updates that do not shrink with the gradient."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What trains: Trainer arguments and an optimizer.
+
+    Attributes:
+        trainer: Makes the Trainer arguments, with fresh objects.
+        optimizer: Makes the optimizer of the tiny module.
+    """
+
+    trainer: Callable[[], TrainerArgs]
+    optimizer: MakeOptimizer = PLAIN_SGD
+
+
+@dataclass(frozen=True, kw_only=True)
+class Oracle(Setting):
     """A setting and what training in it must equal.
 
     Attributes:
-        trainer: Makes the Trainer arguments of the setting, with fresh objects.
-        reference: Makes what turns all ranks' gradients into the one that is applied.
+        reference: The same in one process.
     """
 
-    trainer: Callable[[], TrainerArgs]
-    reference: Callable[[], Reduce]
+    reference: Reference
 
 
-@dataclass(frozen=True)
-class Row:
-    """One plugin.
+@dataclass(frozen=True, kw_only=True)
+class Row(Setting):
+    """One plugin, in a setting that puts it to work.
 
     Attributes:
-        trainer: Makes the Trainer arguments that put it to work, with fresh objects.
-        yaml: The same as the `trainer:` section of a recipe.
-        plugin: Finds it in a Trainer.
+        yaml: The setting as a recipe.
+        plugin: Finds what the recipe describes in a Trainer, or makes it of the module; nothing has run yet.
         activity: Reads the counter that moves when it does something.
         oracles: Settings in which it must equal a reference, by name; one of them is exact or the identity.
-        lr: Learning rate at which the tiny module learns.
     """
 
-    trainer: Callable[[], TrainerArgs]
-    yaml: TrainerArgs
-    plugin: Callable[[pl.Trainer], Any]
-    activity: Callable[[Any], float]
+    yaml: dict[str, Any]
+    plugin: Callable[[pl.Trainer, TinyModule], Any]
+    activity: Callable[[pl.Trainer], float]
     oracles: dict[str, Oracle]
-    lr: float = 0.5
 
 
 def compressing(make: Callable[[], Compressor | str], **kwargs: Any) -> Callable[[], TrainerArgs]:
     return lambda: {"strategy": CompressedDDPStrategy(make(), **kwargs)}
 
 
+def compressed(
+    make: Callable[[], Compressor], reduce: Callable[[], Reduce], *, optimizer: MakeOptimizer = PLAIN_SGD, **kwargs: Any
+) -> Oracle:
+    """Training with a compressor must equal the optimizer on what `reduce` makes of the gradients."""
+    return Oracle(trainer=compressing(make, **kwargs), optimizer=optimizer, reference=exchanging(reduce, optimizer))
+
+
 def compressor_row(
-    make: Callable[[], Compressor], init_args: dict[str, Any], oracles: dict[str, Oracle], **kwargs: Any
+    make: Callable[[], Compressor],
+    init_args: dict[str, Any],
+    oracles: dict[str, Oracle],
+    *,
+    optimizer: MakeOptimizer = PLAIN_SGD,
 ) -> Row:
     """A row of a compressor, which `init_args` describe in YAML."""
-    return Row(
-        trainer=compressing(make),
-        yaml={
-            "strategy": {
-                "class_path": "lightning_efficient.strategies.CompressedDDPStrategy",
-                "init_args": {
-                    "compressor": {
-                        "class_path": f"lightning_efficient.compression.{type(make()).__name__}",
-                        "init_args": init_args,
-                    }
-                },
+    strategy = {
+        "class_path": "lightning_efficient.strategies.CompressedDDPStrategy",
+        "init_args": {
+            "compressor": {
+                "class_path": f"lightning_efficient.compression.{type(make()).__name__}",
+                "init_args": init_args,
             }
         },
-        plugin=lambda trainer: trainer.strategy.compressor,  # type: ignore[attr-defined]
-        activity=lambda compressor: compressor.stats.collectives,
+    }
+    return Row(
+        trainer=compressing(make),
+        optimizer=optimizer,
+        yaml={"trainer": {"strategy": strategy}},
+        plugin=lambda trainer, _: trainer.strategy.compressor,  # type: ignore[attr-defined]
+        activity=lambda trainer: trainer.strategy.compressor.stats.collectives,  # type: ignore[attr-defined]
         oracles=oracles,
-        **kwargs,
     )
 
 
@@ -90,9 +116,11 @@ def callback_row(
     activity: Callable[[Any], float],
     *,
     strategy: str,
-    like: Callable[[], Reduce],
+    oracle: str,
+    reference: Reference,
+    optimizer: MakeOptimizer = PLAIN_SGD,
 ) -> Row:
-    """A row of a callback that only watches: training with it must equal training without."""
+    """A row of a callback, whose setting must equal `reference`."""
 
     def trainer() -> TrainerArgs:
         return {"strategy": strategy, "callbacks": [callback(**init_args)]}
@@ -100,16 +128,58 @@ def callback_row(
     def plugin(trainer: pl.Trainer) -> Callback:
         return next(each for each in trainer.callbacks if isinstance(each, callback))  # type: ignore[attr-defined]
 
+    by_yaml = {"class_path": f"lightning_efficient.callbacks.{callback.__name__}", "init_args": init_args}
     return Row(
         trainer=trainer,
-        yaml={
-            "strategy": strategy,
-            "callbacks": [{"class_path": f"lightning_efficient.callbacks.{callback.__name__}", "init_args": init_args}],
-        },
-        plugin=plugin,
-        activity=activity,
-        oracles={"without it": Oracle(trainer, like)},
+        optimizer=optimizer,
+        yaml={"trainer": {"strategy": strategy, "callbacks": [by_yaml]}},
+        plugin=lambda trainer, _: plugin(trainer),
+        activity=lambda trainer: activity(plugin(trainer)),
+        oracles={oracle: Oracle(trainer=trainer, optimizer=optimizer, reference=reference)},
     )
+
+
+def making_eva(**kwargs: Any) -> MakeOptimizer:
+    return lambda parameters: Eva(parameters, **kwargs)
+
+
+def eva_row(reference: Reference, **init_args: Any) -> Row:
+    """A row of Eva: it must equal `reference`, and SGD where the damping leaves no curvature."""
+
+    def trainer() -> TrainerArgs:
+        return {"strategy": "ddp", "callbacks": [AttachOptimizer()]}
+
+    lr, damping = 0.1, 1e20
+    # All but Eva-s divide by the damping, not what weight decay adds, so it is left out.
+    scaled_lr = lr if init_args["variant"] == "eva_s" else lr * damping
+    no_curvature = {**init_args, "lr": scaled_lr, "damping": damping, "kl_clip": None, "weight_decay": 0.0}
+    return Row(
+        trainer=trainer,
+        optimizer=making_eva(**init_args),
+        yaml={
+            "trainer": {
+                "strategy": "ddp",
+                "callbacks": [{"class_path": "lightning_efficient.callbacks.AttachOptimizer"}],
+            },
+            "model": {"optimizer": {"class_path": "lightning_efficient.optimizers.Eva", "init_args": init_args}},
+        },
+        plugin=lambda _, module: module.configure_optimizers(),
+        activity=lambda trainer: sum(each.stats.counted_steps for each in trainer.optimizers),  # type: ignore[attr-defined]
+        oracles={
+            "written out": Oracle(trainer=trainer, optimizer=making_eva(**init_args), reference=reference),
+            "no curvature": Oracle(
+                trainer=trainer,
+                optimizer=making_eva(**no_curvature),
+                reference=exchanging(lambda: references.mean, partial(SGD, lr=lr, momentum=0.9)),
+            ),
+        },
+    )
+
+
+EVERYTHING_SEEN: dict[str, Any] = {"kv_samples": None, "g_scale": "expectation", "rescale": "clip"}
+"""Settings of Eva with which no way to deal a batch out to ranks and steps changes the vectors."""
+EVA: dict[str, Any] = {"lr": 0.1, "damping": 0.03, "kl_clip": 0.02, "weight_decay": 0.01}
+EVA_S: dict[str, Any] = {"lr": 0.1, "damping": 1e-6, "weight_decay": 0.01}
 
 
 ROWS: dict[str, Row] = {
@@ -117,12 +187,10 @@ ROWS: dict[str, Row] = {
         lambda: ACPSGD(rank=2),
         {"rank": 2},
         {
-            "warming up": Oracle(compressing(lambda: ACPSGD(rank=2, warmup_steps=1000)), lambda: references.mean),
-            "nothing worth it": Oracle(compressing(lambda: ACPSGD(min_compression_rate=1e9)), lambda: references.mean),
-            "rank 2": Oracle(compressing(lambda: ACPSGD(rank=2)), references.acp(2)),
-            "rank 2, many buckets": Oracle(
-                compressing(lambda: ACPSGD(rank=2), bucket_cap_mb=0.0001), references.acp(2)
-            ),
+            "warming up": compressed(lambda: ACPSGD(rank=2, warmup_steps=1000), lambda: references.mean),
+            "nothing worth it": compressed(lambda: ACPSGD(min_compression_rate=1e9), lambda: references.mean),
+            "rank 2": compressed(lambda: ACPSGD(rank=2), references.acp(2)),
+            "rank 2, many buckets": compressed(lambda: ACPSGD(rank=2), references.acp(2), bucket_cap_mb=0.0001),
         },
     ),
     "power_sgd": compressor_row(
@@ -130,48 +198,64 @@ ROWS: dict[str, Row] = {
         {"rank": 2},
         {
             # Every matrix of the tiny module has its smaller side up to 14: two full factors lose nothing.
-            "full rank": Oracle(
-                compressing(lambda: PowerSGD(rank=16, min_compression_rate=0)), lambda: references.mean
-            ),
-            "rank 2": Oracle(compressing(lambda: PowerSGD(rank=2)), references.power(2)),
-            "rank 2, many buckets": Oracle(
-                compressing(lambda: PowerSGD(rank=2), bucket_cap_mb=0.0001), references.power(2)
-            ),
+            "full rank": compressed(lambda: PowerSGD(rank=16, min_compression_rate=0), lambda: references.mean),
+            "rank 2": compressed(lambda: PowerSGD(rank=2), references.power(2)),
+            "rank 2, many buckets": compressed(lambda: PowerSGD(rank=2), references.power(2), bucket_cap_mb=0.0001),
         },
     ),
     "top_k": compressor_row(
         lambda: TopK(density=0.2),
         {"density": 0.2},
         {
-            "everything sent": Oracle(compressing(lambda: TopK(density=1.0)), lambda: references.mean),
-            "a fifth sent": Oracle(compressing(lambda: TopK(density=0.2)), references.top_k(0.2)),
+            "everything sent": compressed(lambda: TopK(density=1.0), lambda: references.mean),
+            "a fifth sent": compressed(lambda: TopK(density=0.2), references.top_k(0.2)),
         },
     ),
     "sign_sgd": compressor_row(
         SignSGD,
         {},
         {
-            "warming up": Oracle(compressing(lambda: SignSGD(warmup_steps=1000)), lambda: references.mean),
-            "majority": Oracle(compressing(SignSGD), lambda: references.majority),
+            "warming up": compressed(
+                lambda: SignSGD(warmup_steps=1000), lambda: references.mean, optimizer=SMALL_STEPS
+            ),
+            "majority": compressed(SignSGD, lambda: references.majority, optimizer=SMALL_STEPS),
         },
-        lr=0.02,
+        optimizer=SMALL_STEPS,
     ),
     "half": compressor_row(
         HalfPrecision,
         {"dtype": "bfloat16"},
         {
-            "warming up": Oracle(compressing(lambda: HalfPrecision(warmup_steps=1000)), lambda: references.mean),
-            "bfloat16": Oracle(compressing(HalfPrecision), lambda: references.in_bfloat16),
+            "warming up": compressed(lambda: HalfPrecision(warmup_steps=1000), lambda: references.mean),
+            "bfloat16": compressed(HalfPrecision, lambda: references.in_bfloat16),
         },
     ),
+    "eva": eva_row(eva("eva", **EVA), variant="eva", **EVA, **EVERYTHING_SEEN),
+    "eva_f": eva_row(eva("eva_f", **EVA), variant="eva_f", **EVA, **EVERYTHING_SEEN),
+    "eva_s": eva_row(eva_s(**EVA_S), variant="eva_s", **EVA_S),
     "OptimizerGuard": callback_row(
-        OptimizerGuard, {}, lambda guard: guard.stats.trainable, strategy="ddp", like=lambda: references.mean
+        OptimizerGuard,
+        {},
+        lambda guard: guard.stats.trainable,
+        strategy="ddp",
+        oracle="without it",
+        reference=exchanging(lambda: references.mean),
     ),
     "CompressionMonitor": callback_row(
         CompressionMonitor,
         {"every_n_steps": 2},
         lambda monitor: monitor.stats.get("compression/bytes_per_step", 0.0),
         strategy="acp_sgd",
-        like=references.acp(4),
+        oracle="without it",
+        reference=exchanging(references.acp(4)),
+    ),
+    "AttachOptimizer": callback_row(
+        AttachOptimizer,
+        {"skip": ["net.4"], "log_every_n_steps": 2},
+        lambda attach: attach.stats.get("eva/nu", 0.0),
+        strategy="ddp",
+        optimizer=making_eva(variant="eva_f", **EVA, **EVERYTHING_SEEN),
+        oracle="SGD on the skipped layer",
+        reference=eva("eva_f", **EVA, skipped=[2]),
     ),
 }

@@ -10,6 +10,7 @@ import torch.distributed as dist
 import yaml
 from lightning.pytorch.cli import LightningCLI
 
+from lightning_efficient.optimizers import Eva
 from tests.plugins.table import ROWS
 from tests.plugins.tiny import TinyData, TinyModule
 from tests.support.trainers import QUIET, make_trainer
@@ -23,19 +24,23 @@ def run_cli(*args: str) -> LightningCLI:
     )
 
 
-def recipe(path: Path, trainer: dict[str, Any]) -> str:
-    path.write_text(yaml.safe_dump({"trainer": {**QUIET, "devices": 2, **trainer}}))
+def recipe(path: Path, sections: dict[str, Any]) -> str:
+    trainer = {**QUIET, "devices": 2, **sections["trainer"]}
+    path.write_text(yaml.safe_dump({**sections, "trainer": trainer}))
     return str(path)
 
 
 def settings(plugin: object) -> dict[str, Any]:
-    """The public attributes that are plain values."""
+    """What the plugin was told: its public attributes that are plain values."""
+    if isinstance(plugin, Eva):
+        return {**plugin.defaults, "config": plugin.config}
     plain = (bool, int, float, str, tuple, list, dict, type(None))
     return {k: v for k, v in vars(plugin).items() if not k.startswith("_") and isinstance(v, plain)}
 
 
 def built(name: str, path: str) -> tuple[type, dict[str, Any]]:
-    plugin = ROWS[name].plugin(run_cli("--config", path).trainer)
+    cli = run_cli("--config", path)
+    plugin = ROWS[name].plugin(cli.trainer, cli.model)
     return type(plugin), settings(plugin)
 
 
@@ -53,8 +58,9 @@ def test_a_recipe_survives_the_round_trip(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ROWS)
 def test_a_recipe_builds_what_python_builds(name: str, tmp_path: Path) -> None:
-    plugin = ROWS[name].plugin(make_trainer(2, **ROWS[name].trainer()))
-    assert built(name, recipe(tmp_path / "recipe.yaml", ROWS[name].yaml)) == (type(plugin), settings(plugin))
+    row = ROWS[name]
+    plugin = row.plugin(make_trainer(2, **row.trainer()), TinyModule(row.optimizer))
+    assert built(name, recipe(tmp_path / "recipe.yaml", row.yaml)) == (type(plugin), settings(plugin))
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -73,6 +79,6 @@ def _with_misspelling(section: Any) -> tuple[Any, str]:
         return [_with_misspelling(each)[0] for each in section], key
     if not isinstance(section, dict):
         return section, key
-    if "class_path" in section and not any(isinstance(v, dict) for v in section["init_args"].values()):
-        return {**section, "init_args": {**section["init_args"], key: 3}}, key
+    if "class_path" in section and not any(isinstance(v, dict) for v in section.get("init_args", {}).values()):
+        return {**section, "init_args": {**section.get("init_args", {}), key: 3}}, key
     return {k: _with_misspelling(v)[0] for k, v in section.items()}, key

@@ -1,11 +1,13 @@
 """A module and data small enough to train in milliseconds, the same batches on any number of ranks."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 from typing_extensions import override
 
@@ -13,19 +15,29 @@ BATCHES, ROWS, FEATURES, CLASSES = 3, 16, 12, 4
 """Three steps an epoch: an odd number, so that what alternates from step to step is resumed in the other phase."""
 
 Batch = tuple[Tensor, Tensor]
+MakeOptimizer = Callable[[Iterator[nn.Parameter]], Optimizer]
+
+
+def sgd(lr: float) -> MakeOptimizer:
+    """Plain SGD, which has no state: all that a checkpoint must hold is the plugin's."""
+    return lambda parameters: SGD(parameters, lr=lr)
+
+
+PLAIN_SGD = sgd(0.5)
 
 
 class TinyModule(pl.LightningModule):
-    """Three layers whose matrices are worth compressing at rank 2; plain SGD, so that all state is the plugin's.
+    """Three layers whose matrices are worth compressing at rank 2.
 
     Args:
-        lr: Learning rate.
+        optimizer: Makes the optimizer, once: a second fit goes on with the first one's, as with all other state.
     """
 
-    def __init__(self, lr: float = 0.5) -> None:
+    def __init__(self, optimizer: OptimizerCallable = PLAIN_SGD) -> None:
         super().__init__()
-        self.save_hyperparameters()
-        self.lr = lr
+        self.save_hyperparameters(ignore=["optimizer"])
+        self._make_optimizer = optimizer
+        self._optimizer: Optimizer | None = None
         self.losses: list[float] = []
         with torch.random.fork_rng():
             torch.manual_seed(0)
@@ -56,8 +68,9 @@ class TinyModule(pl.LightningModule):
         return self.net(batch[0].to(next(self.parameters()).dtype)).argmax(-1)
 
     @override
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=self.lr)
+    def configure_optimizers(self) -> Optimizer:
+        self._optimizer = self._optimizer or self._make_optimizer(self.parameters())
+        return self._optimizer
 
 
 class TinyData(pl.LightningDataModule):

@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from lightning_efficient.compression import ACPSGD, PowerSGD
 from tests.compression.harness import recorded_warnings
-from tests.plugins.references import acp, train_reference
+from tests.plugins.references import acp, exchanging, train_reference
 from tests.plugins.tiny import BATCHES, TinyData, TinyModule, flat_weights
 from tests.strategies.training import EPOCHS, SMALL_BUCKETS_MB, compressor_of, errors, fit
 from tests.support.collectives import Collective, count_collectives
@@ -116,7 +116,7 @@ class WithZeRO(TinyModule):
         # Warns of its own use of torch.jit when imported, which would be an error in the test process.
         from torch.distributed.optim import ZeroRedundancyOptimizer
 
-        return ZeroRedundancyOptimizer(self.parameters(), optimizer_class=torch.optim.SGD, lr=self.lr)
+        return ZeroRedundancyOptimizer(self.parameters(), optimizer_class=torch.optim.SGD, lr=0.5)
 
 
 class PartlyUnused(TinyModule):
@@ -160,7 +160,7 @@ def _variants(rank: int, world_size: int) -> dict[str, Tensor]:
 
 
 def test_every_way_of_training_gives_the_same_weights() -> None:
-    expected = train_reference(acp(2)(), world_size=2, lr=TinyModule().lr, epochs=EPOCHS)
+    expected = train_reference(exchanging(acp(2)), world_size=2, epochs=EPOCHS)
     for rank in run_ranks(_variants, 2):
         for name, weights in rank.items():
             torch.testing.assert_close(
@@ -176,7 +176,7 @@ def _compiled(rank: int, world_size: int) -> tuple[Tensor, float]:
 
 @pytest.mark.slow
 def test_a_compiled_module_gives_the_same_weights() -> None:
-    expected = train_reference(acp(2)(), world_size=2, lr=TinyModule().lr, epochs=EPOCHS)
+    expected = train_reference(exchanging(acp(2)), world_size=2, epochs=EPOCHS)
     for weights, steps in run_ranks(_compiled, 2, timeout=170):
         torch.testing.assert_close(weights, expected, rtol=0, atol=TOLERANCE)
         assert steps == EPOCHS * BATCHES
@@ -267,7 +267,7 @@ def test_synchronised_backwards_that_pile_up_are_warned_about_once() -> None:
     warned, backwards, weights = first["last"]
     assert warned == []
     assert backwards == EPOCHS * BATCHES
-    expected = train_reference(acp(2)(), world_size=2, lr=TinyModule().lr, epochs=EPOCHS)
+    expected = train_reference(exchanging(acp(2)), world_size=2, epochs=EPOCHS)
     torch.testing.assert_close(weights, expected, rtol=0, atol=TOLERANCE)
 
     assert first["two optimizers"][:2] == ([], 2 * EPOCHS * BATCHES)

@@ -1,0 +1,271 @@
+"""The methods of the convergence benchmark as a table; to compare one more, add a `Method` to it.
+
+Weight decay is 0 for all. `hidden` are the weights and biases of linear and convolution layers other than `lm_head`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from torch import nn
+from torch.optim import SGD, AdamW, Muon, Optimizer
+
+from lightning_efficient.optimizers import Eva
+from tests.benchmarks._eva_baselines import FOOF, ScaledSGD, hidden_layers, split_parameters
+
+Params = dict[str, float]
+Build = Callable[[nn.Module, Params], list[Optimizer]]
+BASELINE = "AdamW"
+
+
+@dataclass(frozen=True)
+class Knob:
+    """A setting beside the learning rate: the values of the first grid, and how the search moves on from one.
+
+    Attributes:
+        start: the first grid. Empty: the best learning rate of AdamW on the task, tuned before.
+        per_decade: values per factor of ten on the ladder that the search moves along.
+        choices: the only values there are, in order, in place of a ladder.
+        unused: tasks in which nothing depends on it.
+    """
+
+    start: tuple[float, ...] = ()
+    per_decade: int = 2
+    choices: tuple[float, ...] = ()
+    unused: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is tuned and compared.
+
+    Attributes:
+        name: in the tables.
+        about: one line for the page.
+        build: makes the optimizers that step together, from the model and ``{"lr": ..., **knobs}``.
+        lr: by task, the middle of the first grid.
+        knobs: what is tuned beside it.
+        missing: by task, why the method has no row.
+        period: steps after which the work of a step repeats, or the knob that says it.
+    """
+
+    name: str
+    about: str
+    build: Build
+    lr: dict[str, float]
+    knobs: dict[str, Knob] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+    period: int | str = 1
+
+    def on(self, task: str) -> "Method":
+        """Return the method with the knobs that do something in the task."""
+        return replace(self, knobs={name: knob for name, knob in self.knobs.items() if task not in knob.unused})
+
+
+def lrs(autoencoder: float, llama: float, resnet: float) -> dict[str, float]:
+    return {"autoencoder": autoencoder, "llama": llama, "resnet": resnet}
+
+
+def adamw(net: nn.Module, p: Params) -> list[Optimizer]:
+    return [AdamW(net.parameters(), p["lr"], betas=(p["beta1"], p["beta2"]), weight_decay=0)]
+
+
+def muon(net: nn.Module, p: Params) -> list[Optimizer]:
+    matrices = [layer.weight for layer in hidden_layers(net, head=False)]
+    rest = [q for q in net.parameters() if not any(q is w for w in matrices)]
+    return [Muon(matrices, p["lr"], weight_decay=0), AdamW(rest, p["rest_lr"], weight_decay=0)]
+
+
+def soap(net: nn.Module, p: Params) -> list[Optimizer]:
+    from pytorch_optimizer import SOAP
+
+    return [SOAP(net.parameters(), p["lr"], betas=(p["beta"], p["beta"]), weight_decay=0, precondition_frequency=10)]
+
+
+def shampoo(net: nn.Module, p: Params) -> list[Optimizer]:
+    from pytorch_optimizer import ScalableShampoo
+
+    return [
+        ScalableShampoo(
+            net.parameters(),
+            p["lr"],
+            betas=(p["beta1"], 0.999),
+            start_preconditioning_step=10,
+            preconditioning_compute_steps=10,
+            graft_type=3,  # RMSProp's step size
+        )
+    ]
+
+
+def foof(net: nn.Module, p: Params) -> list[Optimizer]:
+    return [FOOF(net, p["lr"], damping=p["damping"], kl_clip=p["kl_clip"], every=int(p["every"]))]
+
+
+def eva(*, skip_head: bool = False, **fixed: object) -> Build:
+    """Return a builder of Eva; knobs go to its constructor, ``rest_lr`` as ``fallback_lr``."""
+
+    def build(net: nn.Module, p: Params) -> list[Optimizer]:
+        tuned = {{"rest_lr": "fallback_lr"}.get(name, name): value for name, value in p.items()}
+        optimizer = Eva(net.parameters(), **{**fixed, **tuned})  # type: ignore[arg-type]
+        has_head = any(name.endswith("lm_head") for name, _ in net.named_modules())
+        return [optimizer.attach(net, skip=["*lm_head"] if skip_head and has_head else [])]
+
+    return build
+
+
+def control(*, head: bool, clip: bool, rest: str) -> Build:
+    """Return a builder of :class:`ScaledSGD` for the layers and SGD or AdamW for the rest."""
+
+    def build(net: nn.Module, p: Params) -> list[Optimizer]:
+        inside, outside = split_parameters(net, hidden_layers(net, head=head))
+        optimizers: list[Optimizer] = [ScaledSGD(inside, p["lr"], kl_clip=p["kl_clip"] if clip else None)]
+        if outside and rest == "adamw":
+            optimizers.append(AdamW(outside, p["rest_lr"], weight_decay=0))
+        elif outside:
+            optimizers.append(SGD(outside, p["lr"], momentum=0.9))
+        return optimizers
+
+    return build
+
+
+ALL = {"kv_samples": None, "g_scale": "expectation"}
+EVA_F = {"variant": "eva_f", **ALL, "fallback": "adamw"}
+DAMPING, CLIP, REST = Knob((0.03,)), Knob((1e-3,)), Knob(per_decade=6)
+FALLBACK = replace(REST, unused=("autoencoder",))  # which has layers only
+ONE_RULE = "every layer is hidden: the same as the method without AdamW"
+NO_HYBRID = {"autoencoder": ONE_RULE}
+NO_CONV = {"resnet": "torch.optim.Muon takes matrices only"}
+
+_TABLE = (
+    Method(
+        "SGD",
+        "`torch.optim.SGD`; lr and momentum tuned",
+        lambda net, p: [SGD(net.parameters(), p["lr"], momentum=p["momentum"])],
+        lrs(1.0, 0.2, 0.1),
+        {"momentum": Knob((0.9,), choices=(0.8, 0.9, 0.95, 0.98))},
+    ),
+    Method(
+        BASELINE,
+        "`torch.optim.AdamW`; lr and both betas tuned",
+        adamw,
+        lrs(0.005, 0.01, 0.02),
+        {
+            "beta1": Knob((0.9,), choices=(0.8, 0.9, 0.95)),
+            "beta2": Knob((0.999,), choices=(0.9, 0.95, 0.99, 0.999)),
+        },
+    ),
+    Method(
+        "Muon + AdamW",
+        "`torch.optim.Muon` for hidden matrices, AdamW for the rest; both learning rates tuned",
+        muon,
+        lrs(0.02, 0.02, 0.02),
+        {"rest_lr": REST},
+        NO_CONV,
+    ),
+    Method(
+        "SOAP",
+        "`pytorch_optimizer.SOAP`, eigenbasis every 10 steps; lr and beta tuned",
+        soap,
+        lrs(0.005, 0.01, 0.01),
+        {"beta": Knob((0.95,), choices=(0.9, 0.95, 0.98))},
+        period=10,
+    ),
+    Method(
+        "Shampoo",
+        "`pytorch_optimizer.ScalableShampoo`, RMSProp grafting, roots every 10 steps; lr and beta1 tuned",
+        shampoo,
+        lrs(0.005, 0.01, 0.01),
+        {"beta1": Knob((0.9,), choices=(0.8, 0.9, 0.95))},
+        period=10,
+    ),
+    Method(
+        "FOOF",
+        "the full input moment of which Eva-f keeps one vector: own implementation, all samples, KL clip, eigenbasis "
+        "every 50 or 10 steps; lr, damping, clip and this number tuned",
+        foof,
+        lrs(0.1, 0.05, 0.05),
+        {"damping": DAMPING, "kl_clip": CLIP, "every": Knob((50,), choices=(10, 50))},
+        period="every",
+    ),
+    Method(
+        "Eva published",
+        "`Eva` with the constructor's conventions: 16 samples, KL clip; lr, damping and clip tuned",
+        eva(),
+        lrs(0.1, 0.05, 0.05),
+        {"kl_clip": CLIP, "damping": DAMPING},
+    ),
+    Method(
+        "control: SGD + KL clip",
+        "Eva without its rank-1 term; lr and clip tuned",
+        control(head=True, clip=True, rest="sgd"),
+        lrs(3.0, 1.0, 1.0),
+        {"kl_clip": Knob((0.03,))},
+    ),
+    Method(
+        "Eva expectation, relative, normalised",
+        "all samples, `g_scale='expectation'`, `damping_mode='relative'`, `rescale='normalize'`; lr and damping tuned",
+        eva(variant="eva", **ALL, damping_mode="relative", rescale="normalize"),
+        lrs(0.03, 0.03, 0.03),
+        {"damping": Knob((0.3,))},
+    ),
+    Method(
+        "control: normalised SGD",
+        "the normalised variants without their rank-1 term; lr tuned",
+        control(head=True, clip=False, rest="sgd"),
+        lrs(0.03, 0.03, 0.03),
+    ),
+    Method(
+        "Eva-s published",
+        "`variant='eva_s'` with its published settings; lr and damping tuned",
+        eva(variant="eva_s"),
+        lrs(1.0, 0.2, 0.1),
+        {"damping": DAMPING},
+    ),
+    Method(
+        "Eva-f published",
+        "`variant='eva_f'`, 16 samples, normalised; lr and damping tuned",
+        eva(variant="eva_f"),
+        lrs(0.03, 0.03, 0.03),
+        {"damping": DAMPING},
+    ),
+    Method(
+        "Eva-f",
+        "`variant='eva_f'`, all samples, KL clip, AdamW for embeddings and norms; lr, damping, clip and AdamW's lr "
+        "tuned",
+        eva(**EVA_F, rescale="clip"),
+        lrs(0.1, 0.05, 0.05),
+        {"damping": DAMPING, "kl_clip": CLIP, "rest_lr": FALLBACK},
+    ),
+    Method(
+        "Eva-f relative, normalised",
+        "as Eva-f, with `damping_mode='relative', rescale='normalize'`; lr, damping and AdamW's lr tuned",
+        eva(**EVA_F, damping_mode="relative", rescale="normalize"),
+        lrs(0.03, 0.03, 0.03),
+        {"damping": Knob((0.1,)), "rest_lr": FALLBACK},
+    ),
+    Method(
+        "Eva-f hidden + AdamW",
+        "as Eva-f, with the head on AdamW too (`attach(model, skip=['*lm_head'])`); the same settings tuned",
+        eva(**EVA_F, rescale="clip", skip_head=True),
+        lrs(0.1, 0.05, 0.05),
+        {"damping": DAMPING, "kl_clip": CLIP, "rest_lr": FALLBACK},
+        {**NO_HYBRID, "resnet": "no `lm_head`: the same as Eva-f"},
+    ),
+    Method(
+        "control: SGD + KL clip hidden + AdamW",
+        "Eva-f hidden + AdamW without its rank-1 term; lr, clip and AdamW's lr tuned",
+        control(head=False, clip=True, rest="adamw"),
+        lrs(3.0, 1.0, 1.0),
+        {"kl_clip": Knob((0.03,)), "rest_lr": FALLBACK},
+        NO_HYBRID,
+    ),
+    Method(
+        "control: normalised SGD hidden + AdamW",
+        "Eva-f relative without its rank-1 term, head on AdamW; both learning rates tuned",
+        control(head=False, clip=False, rest="adamw"),
+        lrs(0.03, 0.03, 0.03),
+        {"rest_lr": FALLBACK},
+        NO_HYBRID,
+    ),
+)
+
+METHODS = {method.name: method for method in _TABLE}
