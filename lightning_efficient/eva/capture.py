@@ -47,7 +47,7 @@ class Vectors(NamedTuple):
 
 
 class KVCapture:
-    """Hooks on layers, and what they have captured since the last :meth:`clear`.
+    """Hooks on layers, put on by :meth:`watch`, and what they have captured since the last :meth:`clear`.
 
     Args:
         layers: those to watch; each has a module.
@@ -92,7 +92,10 @@ class KVCapture:
         self._sent_rows: tuple[list[int], Tensor] | None = None
         self._forget_eager()
         self._handles: list[RemovableHandle] = []
-        for index, layer in enumerate(layers):
+
+    def watch(self) -> None:
+        """Put the hooks on."""
+        for index, layer in enumerate(self._layers):
             assert layer.module is not None
             hook = partial(self._on_forward, index)
             self._handles.append(layer.module.register_forward_hook(hook, with_kwargs=True))

@@ -85,7 +85,7 @@ def check_group(group: dict[str, Any]) -> None:
         TypeError: the learning rate is a tensor.
     """
     if not isinstance(group["lr"], (int, float)):
-        raise TypeError(f"lr is a {type(group['lr']).__name__}: Eva takes a number. Pass float(lr).")
+        raise TypeError(f"lr is a {type(group['lr']).__name__}: this optimizer takes a number. Pass float(lr).")
     if not group["lr"] >= 0:
         raise ValueError(f"lr is {group['lr']}: a step of negative length goes uphill. Set 0 or more.")
     if not group["damping"] > 0:
@@ -95,7 +95,7 @@ def check_group(group: dict[str, Any]) -> None:
         )
     if not 0 <= group["momentum"] < 1:
         raise ValueError(f"momentum is {group['momentum']}: it is the share that is kept, in [0, 1).")
-    if group["nesterov"] and not group["momentum"]:
+    if group.get("nesterov") and not group["momentum"]:
         raise ValueError("nesterov=True with momentum 0: it looks ahead along the momentum. Set momentum above 0.")
     if not group["weight_decay"] >= 0:
         raise ValueError(f"weight_decay is {group['weight_decay']}: a negative one makes weights grow. Set 0 or more.")

@@ -43,11 +43,19 @@ class Layer:
 
 @dataclass(frozen=True)
 class FoundLayers:
-    """The layers of a module, and the reason for each parameter that is in none, by its name."""
+    """What :func:`find_layers` has found.
+
+    Attributes:
+        layers: in the module's order.
+        reasons: why a parameter is in none, by its name.
+        names: of all parameters, by id.
+        skipped: ids of the parameters of modules that were to be skipped.
+    """
 
     layers: list[Layer]
     reasons: dict[str, str]
     names: dict[int, str]
+    skipped: set[int]
 
 
 def find_layers(module: nn.Module, parameters: Iterable[Tensor], skip: Sequence[str] = ()) -> FoundLayers:
@@ -78,6 +86,7 @@ def find_layers(module: nn.Module, parameters: Iterable[Tensor], skip: Sequence[
     layers: list[Layer] = []
     reasons: dict[str, str] = {}
     names: dict[int, str] = {}
+    skipped = {key for key, uses in owners.items() if any(_matches(name, skip) for name, _, _ in uses)} & wanted
     for key, uses in owners.items():
         name, kind, owner = uses[0]
         names[key] = _join(name, kind)
@@ -89,8 +98,8 @@ def find_layers(module: nn.Module, parameters: Iterable[Tensor], skip: Sequence[
             reasons[names[key]] = "shared by " + " and ".join(_join(other, which) for other, which, _ in uses)
         elif id(owner) in unused:
             reasons[names[key]] = "torch.nn.MultiheadAttention never calls it"
-        elif pattern := next((p for p in skip if fnmatchcase(name, p)), None):
-            reasons[names[key]] = f"skip has {pattern!r}"
+        elif key in skipped:
+            reasons[names[key]] = f"skip has {_matches(name, skip)!r}"
         else:
             assert isinstance(owner.weight, nn.Parameter)
             if not has_matrix_view(owner.weight):
@@ -104,7 +113,12 @@ def find_layers(module: nn.Module, parameters: Iterable[Tensor], skip: Sequence[
         name, kind, owner = uses[0]
         if key in wanted and kind == "bias" and isinstance(owner, SUPPORTED) and key not in with_vectors:
             reasons.setdefault(names[key], "its weight is preconditioned by nobody")
-    return FoundLayers(layers, reasons, names)
+    return FoundLayers(layers, reasons, names, skipped)
+
+
+def _matches(name: str, patterns: Sequence[str]) -> str | None:
+    """The first pattern that the name fits."""
+    return next((pattern for pattern in patterns if fnmatchcase(name, pattern)), None)
 
 
 def _plain(name: str) -> str:
@@ -118,7 +132,7 @@ def _join(name: str, kind: str) -> str:
 
 def _check_patterns(skip: Sequence[str], names: Sequence[str]) -> None:
     for pattern in skip:
-        if not any(fnmatchcase(name, pattern) for name in names):
+        if not any(_matches(name, [pattern]) for name in names):
             raise ValueError(
                 f"skip has {pattern!r}: no module has such a name, so it would skip nothing. The names begin with "
                 f"{', '.join(name for name in names[1:4])}; correct the pattern or remove it."

@@ -10,7 +10,7 @@ from lightning_efficient.eva.config import EvaConfig
 from lightning_efficient.eva.layout import Layout
 
 if TYPE_CHECKING:
-    from lightning_efficient.eva.sources import GradientVectors, LayerVectors, State
+    from lightning_efficient.eva.sources import GradientVectors, LayerVectors, States
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class LayerReport:
 
 def layer_reports(
     source: "LayerVectors | GradientVectors",
-    state: "State",
+    states: "States",
     group_of: dict[int, int],
     damping: Sequence[float],
     config: EvaConfig,
@@ -43,17 +43,17 @@ def layer_reports(
 
     Args:
         source: of the vectors.
-        state: where they are.
+        states: the optimizer's, of each layer's weight.
         group_of: parameter group of each parameter, by id.
         damping: of each parameter group.
         config: of the optimizer.
     """
-    active = ["kv_a" in state.get(layer.weight, {}) for layer in source.layers]
+    active = ["kv_a" in state for state in states]
     layers = [layer for layer, keep in zip(source.layers, active, strict=True) if keep]
     if not layers:
         return {}
     layout = Layout.of(layers, source.device)
-    a_A, g_R = source.vectors(state, active)
+    a_A, g_R = source.vectors(states, active)
     has_bias_L = torch.tensor([float(layer.bias is not None) for layer in layers], device=source.device)
     alpha_S = layout.sum_inputs(a_A.square()) + has_bias_L[layout.layer_of_segment_S]
     beta_S = torch.ones_like(alpha_S) if g_R is None else layout.sum_outputs(g_R.square())

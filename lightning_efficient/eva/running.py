@@ -4,11 +4,13 @@ Dimension letters: A entries of all vectors, one after another.
 """
 
 import operator
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from lightning_efficient.eva.layers import Layer
 
 
 def running_average(old_A: Tensor, new_A: Tensor, *, new_weight: float | Literal["sum"], accept: Tensor) -> Tensor:
@@ -31,41 +33,42 @@ def running_average(old_A: Tensor, new_A: Tensor, *, new_weight: float | Literal
 
 
 class RunningVectors:
-    """Where the averages of many weights live: in the optimizer's state, one entry for each weight and kind.
+    """Where the averages of many layers live: in the optimizer's state, one entry for each layer and kind.
 
     The entries are views of one flat tensor, which the next step finds again, unless a checkpoint or a move to another
     device has replaced them.
 
     Args:
-        entries: the weight, the key in its state, the number of entries and the layer's name, in the flat order.
+        layers: of the states that the methods are given, in their order.
+        kinds: of the averages, in the flat order: the key in a state, and the number of entries of each layer.
         dtype: of the averages.
         device: of the averages.
     """
 
     def __init__(
-        self, entries: Sequence[tuple[nn.Parameter, str, int, str]], *, dtype: torch.dtype, device: torch.device
+        self,
+        layers: Sequence[Layer],
+        kinds: Mapping[str, Sequence[int]],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
-        self._entries = list(entries)
-        self._sizes = [size for _, _, size, _ in entries]
+        self._layers, self._kinds = layers, kinds
+        self._sizes = [size for sizes in kinds.values() for size in sizes]
         self._dtype, self._device = dtype, device
         self._flat = torch.empty(0)
         self._views: Sequence[Tensor] = ()
 
-    def gather(self, state: Mapping[Tensor, dict[str, Any]]) -> Tensor:
+    def gather(self, states: Sequence[Mapping[str, Any]]) -> Tensor:
         """Return all averages, flat; NaN where there is none.
 
         Raises:
             ValueError: an entry belongs to a layer of another size.
         """
-        found = [state[weight].get(key) if weight in state else None for weight, key, _, _ in self._entries]
+        found = [state.get(kind) for kind in self._kinds for state in states]
         if len(self._views) == len(found) and all(map(operator.is_, found, self._views)):
             return self._flat
-        for value, (weight, key, size, name) in zip(found, self._entries, strict=True):
-            if value is not None and value.numel() != size:
-                raise ValueError(
-                    f"The state of layer {name!r} has {key} of {value.numel()} entries, but its weight of shape "
-                    f"{tuple(weight.shape)} needs {size}: the checkpoint is of another model. Load the one of this."
-                )
+        self._check(states)
         missing = [torch.full((size,), torch.nan, dtype=self._dtype, device=self._device) for size in self._sizes]
         return torch.cat(
             [
@@ -74,8 +77,20 @@ class RunningVectors:
             ]
         )
 
-    def scatter(self, state: MutableMapping[Tensor, dict[str, Any]], flat: Tensor) -> None:
+    def scatter(self, states: Sequence[dict[str, Any]], flat: Tensor) -> None:
         """Make ``flat`` the averages."""
         self._flat, self._views = flat, flat.split(self._sizes)
-        for view, (weight, key, _, _) in zip(self._views, self._entries, strict=True):
-            state[weight][key] = view
+        views = iter(self._views)
+        for kind in self._kinds:
+            for state in states:
+                state[kind] = next(views)
+
+    def _check(self, states: Sequence[Mapping[str, Any]]) -> None:
+        for kind, sizes in self._kinds.items():
+            for layer, state, size in zip(self._layers, states, sizes, strict=True):
+                if kind in state and state[kind].numel() != size:
+                    raise ValueError(
+                        f"The state of layer {layer.name!r} has {kind} of {state[kind].numel()} entries, but its "
+                        f"weight of shape {tuple(layer.weight.shape)} needs {size}: the checkpoint is of another "
+                        "model. Load the one of this model."
+                    )

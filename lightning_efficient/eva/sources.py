@@ -3,8 +3,9 @@
 Dimension letters: A entries of the active layers' input vectors; R their outputs.
 """
 
-from collections.abc import Iterable, MutableMapping, Sequence
-from typing import Any
+import itertools
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,10 @@ from lightning_efficient.eva.layers import Layer
 from lightning_efficient.eva.layout import Layout
 from lightning_efficient.eva.running import RunningVectors, running_average
 
-State = MutableMapping[Any, Any]
+States = Sequence[dict[str, Any]]
+"""The optimizer's state of each layer's weight, in the layers' order."""
+
+T = TypeVar("T")
 
 
 def wide_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
@@ -61,14 +65,18 @@ class LayerVectors:
             dtype=self.dtype,
             device=self.device,
         )
-        entries = [(layer.weight, "kv_a", layer.groups * layer.fan_in, layer.name) for layer in layers]
+        kinds = {"kv_a": self._layout.input_sizes}
         if config.needs_outputs:
-            entries += [(layer.weight, "kv_g", layer.outputs, layer.name) for layer in layers]
-        self._running = RunningVectors(entries, dtype=self.dtype, device=self.device)
+            kinds["kv_g"] = self._layout.output_sizes
+        self._running = RunningVectors(self.layers, kinds, dtype=self.dtype, device=self.device)
 
-    def check(self, state: State) -> None:
+    def check(self, states: States) -> None:
         """Compare the sizes of a loaded state with the layers; raises ValueError."""
-        self._running.gather(state)
+        self._running.gather(states)
+
+    def watch(self) -> None:
+        """Put the hooks on."""
+        self._capture.watch()
 
     def capture(self, enabled: bool) -> None:
         """Say whether the coming forward passes count."""
@@ -95,26 +103,26 @@ class LayerVectors:
             if is_active and count == 0
         ]
 
-    def refresh(self, state: State, loss_scale: Tensor | float | None) -> Tensor:
+    def refresh(self, states: States, loss_scale: Tensor | float | None) -> Tensor:
         """Average what was captured into the state; return whether it was finite and counted, a scalar."""
         vectors = self._capture.vectors(world_size=self._world_size(), loss_scale=loss_scale)
         new = vectors.a_A if vectors.g_R is None else torch.cat((vectors.a_A, vectors.g_R))
         averages = running_average(
-            self._running.gather(state), new, new_weight=self._config.kv_new_weight, accept=vectors.finite
+            self._running.gather(states), new, new_weight=self._config.kv_new_weight, accept=vectors.finite
         )
-        self._running.scatter(state, averages)
+        self._running.scatter(states, averages)
         self._capture.clear()
         return vectors.finite
 
-    def vectors(self, state: State, active: Sequence[bool]) -> tuple[Tensor, Tensor | None]:
+    def vectors(self, states: States, active: Sequence[bool]) -> tuple[Tensor, Tensor | None]:
         """Return the averages of the active layers, (A,) and (R,) or None; 0 where there is no value yet."""
-        flat = self._running.gather(state).nan_to_num(nan=0.0)
+        flat = self._running.gather(states).nan_to_num(nan=0.0)
         sizes = (self._layout.input_sizes, self._layout.output_sizes if self._config.needs_outputs else [])
         a_A, g_R = flat.split([sum(each) for each in sizes])
         if not all(active):
-            a_A = torch.cat([a for a, keep in zip(a_A.split(sizes[0]), active, strict=True) if keep])
+            a_A = torch.cat(_chosen(a_A.split(sizes[0]), active))
             if self._config.needs_outputs:
-                g_R = torch.cat([g for g, keep in zip(g_R.split(sizes[1]), active, strict=True) if keep])
+                g_R = torch.cat(_chosen(g_R.split(sizes[1]), active))
         return a_A, g_R if self._config.needs_outputs else None
 
     def _world_size(self) -> int:
@@ -138,52 +146,67 @@ class GradientVectors:
         self._config = config
         self._running: dict[tuple[bool, ...], RunningVectors] = {}
 
-    def refresh(self, state: State, active: Sequence[bool]) -> Tensor:
+    def refresh(self, states: States, active: Sequence[bool]) -> Tensor:
         """Average the means of the active gradients into the state; return whether they were finite, a scalar."""
-        means = [axis_means(layer.weight.grad, self.dtype) for layer in self._chosen(active)]  # type: ignore[arg-type]
+        states = _chosen(states, active)
+        means = [axis_means(each.weight.grad, self.dtype) for each in _chosen(self.layers, active)]  # type: ignore[arg-type]
         new = torch.cat([mean.others for mean in means] + [mean.first_O for mean in means])
         finite = new.isfinite().all()
         running = self._running_of(active)
-        averages = running_average(running.gather(state), new, new_weight=self._config.kv_new_weight, accept=finite)
-        running.scatter(state, averages)
+        averages = running_average(running.gather(states), new, new_weight=self._config.kv_new_weight, accept=finite)
+        running.scatter(states, averages)
         return finite
 
-    def vectors(self, state: State, active: Sequence[bool]) -> tuple[Tensor, Tensor]:
+    def vectors(self, states: States, active: Sequence[bool]) -> tuple[Tensor, Tensor]:
         """Return the input-side and output-side vectors of the active layers, (A,) and (R,)."""
-        flat = self._running_of(active).gather(state).nan_to_num(nan=0.0)
-        chosen = self._chosen(active)
+        flat = self._running_of(active).gather(_chosen(states, active)).nan_to_num(nan=0.0)
+        chosen = _chosen(self.layers, active)
         sizes = [_axes_size(layer) for layer in chosen]
         *others, first_R = flat.split([*sizes, flat.numel() - sum(sizes)])
         a = [outer_of_axes(each, layer.weight.shape) for each, layer in zip(others, chosen, strict=True)]
         return torch.cat(a), first_R
 
-    def check(self, state: State) -> None:
-        """Compare the sizes of a loaded state with the weights; raises ValueError."""
-        self._running_of([True] * len(self.layers)).gather(state)
+    def watch(self) -> None:
+        """Do nothing: gradients are there when they are needed."""
 
-    def _chosen(self, active: Sequence[bool]) -> list[Layer]:
-        return [layer for layer, keep in zip(self.layers, active, strict=True) if keep]
+    clear = remove = watch
+
+    def capture(self, enabled: bool) -> None:
+        """Do nothing."""
+
+    def check(self, states: States) -> None:
+        """Compare the sizes of a loaded state with the weights; raises ValueError."""
+        self._running_of([True] * len(self.layers)).gather(states)
 
     def _running_of(self, active: Sequence[bool]) -> RunningVectors:
         key = tuple(active)
         if key not in self._running:
-            chosen = self._chosen(active)
-            entries = [(layer.weight, "kv_a", _axes_size(layer), layer.name) for layer in chosen]
-            entries += [(layer.weight, "kv_g", layer.outputs, layer.name) for layer in chosen]
-            self._running[key] = RunningVectors(entries, dtype=self.dtype, device=self.device)
+            chosen = _chosen(self.layers, active)
+            kinds = {"kv_a": [_axes_size(each) for each in chosen], "kv_g": [each.outputs for each in chosen]}
+            self._running[key] = RunningVectors(chosen, kinds, dtype=self.dtype, device=self.device)
         return self._running[key]
+
+
+def _chosen(all_: Sequence[T], active: Sequence[bool]) -> list[T]:
+    return list(itertools.compress(all_, active))
 
 
 def _axes_size(layer: Layer) -> int:
     return sum(layer.weight.shape[1:])
 
 
-def bare_layers(groups: Sequence[dict[str, Any]], names: dict[int, str]) -> list[Layer]:
-    """Return every weight of two axes or more, outside fallback groups, as a layer without a module (Eva-s)."""
+def bare_layers(groups: Sequence[dict[str, Any]], names: dict[int, str], skipped: Collection[int]) -> list[Layer]:
+    """Return every weight of two axes or more as a layer without a module (Eva-s).
+
+    Args:
+        groups: parameter groups; those with ``fallback`` are left out.
+        names: of parameters, by id.
+        skipped: ids of those to leave out.
+    """
     return [
         Layer(names.get(id(p), f"param_groups[{i}]['params'][{j}]"), p)
         for i, group in enumerate(groups)
         if not group["fallback"]
         for j, p in enumerate(group["params"])
-        if isinstance(p, nn.Parameter) and p.ndim >= 2
+        if isinstance(p, nn.Parameter) and p.ndim >= 2 and id(p) not in skipped
     ]

@@ -1,15 +1,14 @@
 """`Eva`: the optimizer around the technique of :mod:`lightning_efficient.eva`."""
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.optim import Optimizer
-from typing_extensions import Self, override
+from torch import Tensor
+from typing_extensions import override
 
 from lightning_efficient.eva.backends import make_step
 from lightning_efficient.eva.capture import GScale
@@ -19,16 +18,14 @@ from lightning_efficient.eva.config import (
     Backend,
     EvaConfig,
     Fallback,
-    check_group,
-    check_parameter,
-    check_shape,
 )
-from lightning_efficient.eva.layers import find_layers
+from lightning_efficient.eva.layers import FoundLayers
 from lightning_efficient.eva.plan import Plan
 from lightning_efficient.eva.precondition import DampingMode, Rescale, Variant
 from lightning_efficient.eva.report import LayerReport, layer_reports
-from lightning_efficient.eva.sources import GradientVectors, LayerVectors, bare_layers, wide_dtype
+from lightning_efficient.eva.sources import GradientVectors, LayerVectors, States, bare_layers
 from lightning_efficient.optimizers.fallback import adamw_step, momentum_buffer, sgd_step
+from lightning_efficient.optimizers.layerwise import LayerwiseOptimizer
 
 
 @dataclass(frozen=True)
@@ -48,7 +45,7 @@ class EvaStats:
     clipped: int
 
 
-class Eva(Optimizer):
+class Eva(LayerwiseOptimizer):
     r"""Kronecker-vectorised second-order optimization at about the cost of SGD with momentum.
 
     The gradient :math:`G` of each ``Linear`` and convolution weight, with the bias as one more column, is replaced by
@@ -122,6 +119,11 @@ class Eva(Optimizer):
         optimizer = Eva(model.parameters(), lr=0.1, variant="eva_f", kv_samples=None, fallback="adamw").attach(model)
     """
 
+    _wide_keys = ("kv_a", "kv_g")
+    _source: LayerVectors | GradientVectors | None
+    _plans: dict[tuple[bool, ...], Plan]
+    _step_function: Callable[..., Any] | None
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -169,7 +171,7 @@ class Eva(Optimizer):
         self.nu: Tensor | None = None
         self._counts: Tensor | None = None
         self._counted_steps = self._kv_updates = 0
-        self._forget_module()
+        self._source = None
         defaults = {
             "lr": lr,
             "damping": damping,
@@ -185,15 +187,6 @@ class Eva(Optimizer):
         }
         super().__init__(params, defaults)
 
-    def _forget_module(self) -> None:
-        self._module: nn.Module | None = None
-        self._skip: tuple[str, ...] = ()
-        self._source: LayerVectors | GradientVectors | None = None
-        self._reasons: dict[str, str] = {}
-        self._names: dict[int, str] = {}
-        self._plans: dict[tuple[bool, ...], Plan] = {}
-        self._step_function: Callable[..., Any] | None = None
-
     # ---- the module ------------------------------------------------------------------------------------------------
 
     @property
@@ -202,75 +195,37 @@ class Eva(Optimizer):
         return self.config.needs_module
 
     @property
-    def attached(self) -> bool:
-        """Whether a module is attached."""
-        return self._module is not None
-
-    def attach(self, module: nn.Module, skip: Sequence[str] = ()) -> Self:
-        """Watch the layers of ``module``; do it before the module runs compiled for the first time.
-
-        Args:
-            module: holds the parameters, compiled or wrapped or not.
-            skip: shell patterns of names of modules to leave to the fallback rule, such as ``"*lm_head"``.
-
-        Returns:
-            The optimizer.
-
-        Raises:
-            ValueError: another module is attached, a pattern matches nothing, no weight of a supported layer is among
-                the parameters, or a state loaded before belongs to another model.
-            NotImplementedError: the weights lie on several devices.
-        """
-        if self._module is not None and self._module is not module:
-            raise ValueError(
-                "Eva is attached to another module already: one optimizer watches one module. Call detach() first."
-            )
-        if isinstance(skip, str):
-            raise TypeError(f"skip is the string {skip!r}: it is a list of patterns. Write [{skip!r}].")
-        self.detach()
-        owned = [p for group in self.param_groups if not group["fallback"] for p in group["params"]]
-        found = find_layers(module, owned, skip)
-        if self.needs_module and not found.layers:
-            kinds = sorted({type(each).__name__ for each in module.modules() if list(each.parameters(recurse=False))})
-            raise ValueError(
-                f"None of the {len(owned)} parameters to precondition is the weight of a Linear or convolution in this "
-                f"module, whose {len(list(module.parameters()))} parameters lie in {', '.join(kinds) or 'no layer'}. "
-                "Attach the module whose parameters the optimizer holds."
-            )
-        self._module, self._skip, self._names = module, tuple(skip), found.names
-        if self.needs_module:
-            self._reasons = found.reasons
-            group_of = self._group_of()
-            layers = sorted(found.layers, key=lambda layer: group_of[id(layer.weight)])
-            self._source = LayerVectors(layers, self.config, self.process_group)
-            self._source.check(self.state)
-            self._set_capturing()
-        return self
-
-    def detach(self) -> None:
-        """Take the hooks off the module. The state stays, and :meth:`attach` goes on with it."""
-        if isinstance(self._source, LayerVectors):
-            self._source.remove()
-        self._forget_module()
+    def _needs_layers(self) -> bool:  # type: ignore[override]
+        return self.config.needs_module
 
     @override
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; its layers are watched too where a module is attached.
-
-        Raises:
-            ValueError: a setting is out of range.
-            TypeError: a parameter is complex, or ``lr`` is a tensor.
-            NotImplementedError: a parameter is sharded.
-        """
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        check_group(group)
-        for p in group["params"]:
-            check_parameter(p)
-        if self._module is not None:
-            self.attach(self._module, self._skip)
+    def _watch(self, found: FoundLayers) -> None:
+        source: LayerVectors | GradientVectors | None
+        if self.needs_module:
+            source = LayerVectors(found.layers, self.config, self.process_group)
         else:
-            self._source, self._plans = None, {}
+            source = self._gradient_vectors(found.names, found.skipped)
+        if source is not None:
+            source.check(self._states(source))
+            source.watch()
+        self._source = source
+        self._set_capturing()
+
+    @override
+    def _unwatch(self) -> None:
+        if self._source is not None:
+            self._source.remove()
+        self._source, self._plans, self._step_function = None, {}, None
+
+    @override
+    def _reasons_of(self, found: FoundLayers) -> dict[str, str]:
+        if self.needs_module:
+            return found.reasons
+        return {name: reason for name, reason in found.reasons.items() if reason.startswith("skip")}
+
+    def _gradient_vectors(self, names: dict[int, str], skipped: Collection[int] = ()) -> GradientVectors | None:
+        layers = bare_layers(self.param_groups, names, skipped)
+        return GradientVectors(layers, self.config) if layers else None
 
     # ---- steps -----------------------------------------------------------------------------------------------------
 
@@ -278,7 +233,7 @@ class Eva(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, and the vectors that belong to them."""
         super().zero_grad(set_to_none)
-        if isinstance(self._source, LayerVectors):
+        if self._source is not None:
             self._source.clear()
 
     @torch.no_grad()
@@ -293,11 +248,11 @@ class Eva(Optimizer):
             RuntimeError: no module is attached, or an active layer's vectors were not captured; on all ranks.
             TypeError: a gradient is sparse.
         """
+        source = self._get_source()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        source = self._get_source()
         if source is not None:
             with torch.autocast(source.device.type, enabled=False):
                 self._precondition(source)
@@ -314,20 +269,21 @@ class Eva(Optimizer):
                 f"Eva(variant={self.config.variant!r}) needs layer inputs: call optimizer.attach(model) or add "
                 "AttachOptimizer to Trainer(callbacks=...)."
             )
-        if self._source is None and (layers := bare_layers(self.param_groups, self._names)):
-            self._source = GradientVectors(layers, self.config)
+        if self._source is None and not self.attached:
+            self._source = self._gradient_vectors({})
         return self._source
 
     def _precondition(self, source: LayerVectors | GradientVectors) -> None:
         self._check_dense()
         active = [layer.weight.grad is not None for layer in source.layers]
         biased = [layer.bias is not None and layer.bias.grad is not None for layer in source.layers]
-        finite = self._refresh(source, active, (*active, *biased))
+        states = [self.state[layer.weight] for layer in source.layers]
+        finite = self._refresh(source, states, active, (*active, *biased))
         if not any(active):
             self._follow_fallback(set())
             return
         plan = self._plan(source, active, biased)
-        a_A, g_R = source.vectors(self.state, active)
+        a_A, g_R = source.vectors(states, active)
         momenta = [
             momentum_buffer(layer.weight, self.state) if self.param_groups[index]["momentum"] else None
             for layer, index in zip(plan.layers, plan.group_indices, strict=True)
@@ -350,14 +306,18 @@ class Eva(Optimizer):
         self._follow_fallback(done)
 
     def _refresh(
-        self, source: LayerVectors | GradientVectors, active: list[bool], signature: tuple[bool, ...]
+        self,
+        source: LayerVectors | GradientVectors,
+        states: States,
+        active: list[bool],
+        signature: tuple[bool, ...],
     ) -> Tensor | None:
         """Bring the vectors up to date; return whether they were finite, None if it is not their turn."""
         if self.param_groups[0]["steps"] % self.config.kv_every:
             return None
         self._kv_updates += 1
         if isinstance(source, GradientVectors):
-            return source.refresh(self.state, active) if any(active) else None
+            return source.refresh(states, active) if any(active) else None
         source.reduce()
         if signature not in self._plans and (unseen := source.unseen(active)):
             raise RuntimeError(
@@ -367,7 +327,7 @@ class Eva(Optimizer):
                 "inplace=False); the module was in eval mode, or its weight was used without calling it. Or leave them "
                 f"out: attach(model, skip=[{unseen[0]!r}])."
             )
-        return source.refresh(self.state, None if self.loss_scale is None else self.loss_scale())
+        return source.refresh(states, None if self.loss_scale is None else self.loss_scale())
 
     def _plan(self, source: LayerVectors | GradientVectors, active: list[bool], biased: list[bool]) -> Plan:
         signature = (*active, *biased)
@@ -407,21 +367,12 @@ class Eva(Optimizer):
             else:
                 sgd_step(rest, [p.grad for p in rest], self.state, group, lr=lr)
 
-    def _check_dense(self) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None and p.grad.is_sparse:
-                    raise TypeError(
-                        f"The gradient of {self._names.get(id(p), 'a parameter')} is sparse: Eva and its fallback "
-                        "rules are dense. Make the embedding with sparse=False, or give it an optimizer of its own."
-                    )
-
     def _set_capturing(self) -> None:
-        if isinstance(self._source, LayerVectors):
+        if self._source is not None:
             self._source.capture(self.param_groups[0]["steps"] % self.config.kv_every == 0)
 
-    def _group_of(self) -> dict[int, int]:
-        return {id(p): index for index, group in enumerate(self.param_groups) for p in group["params"]}
+    def _states(self, source: LayerVectors | GradientVectors) -> States:
+        return [self.state.get(layer.weight, {}) for layer in source.layers]
 
     # ---- what it did -----------------------------------------------------------------------------------------------
 
@@ -447,7 +398,7 @@ class Eva(Optimizer):
         source = self._source
         if source is not None:
             damping = [group["damping"] for group in self.param_groups]
-            report.update(layer_reports(source, self.state, self._group_of(), damping, self.config))
+            report.update(layer_reports(source, self._states(source), self._group_of(), damping, self.config))
         return report
 
     # ---- state -----------------------------------------------------------------------------------------------------
@@ -461,18 +412,8 @@ class Eva(Optimizer):
         Raises:
             ValueError: the state belongs to other shapes.
         """
-        params = [p for group in self.param_groups for p in group["params"]]
-        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
-        saved = state_dict["state"]
-        if len(keys) == len(params):  # else torch's own error says more
-            for key, p in zip(keys, params, strict=True):
-                check_shape(saved.get(key, {}), p, self._names.get(id(p), f"number {key}"))
         super().load_state_dict(state_dict)
-        for key, p in zip(keys, params, strict=True):
-            for name in ("kv_a", "kv_g"):
-                if name in saved.get(key, {}):
-                    # torch has cast it to the type of the weight.
-                    self.state[p][name] = saved[key][name].detach().to(p.device, wide_dtype([p]), copy=True)
+        saved = state_dict["state"]
         if any("momentum_buffer" in each for each in saved.values()) and not any("kv_a" in e for e in saved.values()):
             warnings.warn(
                 "The optimizer state has momentum but no Kronecker vectors (it was not saved by Eva): they start anew. "
@@ -480,7 +421,7 @@ class Eva(Optimizer):
                 stacklevel=2,
             )
         if self._source is not None:
-            self._source.check(self.state)
+            self._source.check(self._states(self._source))
         self._set_capturing()
 
     @override
@@ -493,7 +434,8 @@ class Eva(Optimizer):
         if not hasattr(self, "config"):  # a copy, which no module is attached to
             self.nu = self._counts = None
             self._counted_steps = self._kv_updates = 0
-            self._forget_module()
+            self._source = None
+            self.detach()
         super().__setstate__(state)
         for group in self.param_groups:
             for name, value in self.defaults.items():

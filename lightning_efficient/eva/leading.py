@@ -1,0 +1,116 @@
+r"""Rank-1 curvature from the leading direction of the momentum: what the mean vectors of Eva and Eva-s stand in for.
+
+Not from the papers. Eva-s curves along the *mean* of the gradient's rows and columns, which is seldom where the
+curvature is. Here the vectors are the leading singular pairs of the momentum, followed by one power step in each
+training step. For the weight W (O x D) with gradient G, momentum M and the tracked Q (D x R, R the rank)::
+
+    M <- mu M + (1 - mu) G          U = mu M + (1 - mu) G               (Nesterov)
+    A = diag(sqrt(D) / |U_i|) U                                         every row to unit root mean square
+    P = orth(A Q)                   S = A^T P        s_j = |S_j|        Q <- S diag(1/s)
+    r^2 = (|A|^2 - sum s^2) / (min(O, D) - R)                             mean square of the other singular values
+    t_j = min(s_j, max(r, damping s_j))
+    V = A - P diag(s - t) Q^T                                           leading directions brought down to the others
+    W <- W - lr * 0.2 * |A| / |V| * V
+
+With rank 1, ``V = (I + (s - t)/t p p^T)^-1 A``: the Sherman-Morrison form of Eva with :math:`g = p` and a damping that
+each layer sets by itself. ``|A|^2 = O D`` where no row is zero, and ``|V|^2 = |A|^2 - sum (s^2 - t^2)``, so the length
+of V is known before V, which is never formed.
+
+Dimension letters: O outputs and D inputs of the layer; R rank.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+RMS = 0.2
+"""Root mean square of an update over the learning rate: about that of Adam's."""
+
+
+class Leading(NamedTuple):
+    """The tracked directions after a step, and how much of them was taken away.
+
+    Attributes:
+        q_DR: the new input-side directions.
+        rho: share of the leading direction that was taken away, ``1 - t/s``, a scalar.
+    """
+
+    q_DR: Tensor
+    rho: Tensor
+
+
+def start_directions(inputs: int, rank: int, *, seed: int, like: Tensor) -> Tensor:
+    """Return orthonormal directions (D, R), the same on every rank and device.
+
+    Args:
+        inputs: D.
+        rank: R, at most D.
+        seed: of the directions.
+        like: gives type and device.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    q_DR = torch.randn(inputs, rank, generator=generator, dtype=torch.float64)
+    q_DR, _ = torch.linalg.qr(q_DR)
+    return q_DR.to(like.device, like.dtype)
+
+
+def leading_step(
+    weight_OD: Tensor,
+    momentum_OD: Tensor,
+    grad_OD: Tensor,
+    q_DR: Tensor,
+    *,
+    lr: float | Tensor,
+    momentum: float,
+    damping: float,
+) -> Leading:
+    """Update weight and momentum in place.
+
+    Args:
+        weight_OD: W.
+        momentum_OD: M.
+        grad_OD: G.
+        q_DR: directions of the last step; its rank is below both O and D, or 0, which only normalises the rows.
+        lr: learning rate.
+        momentum: mu.
+        damping: least share of a leading direction that is left.
+    """
+    D, rank = weight_OD.shape[1], q_DR.shape[1]
+    momentum_OD.lerp_(grad_OD, 1 - momentum)
+    u_OD = torch.lerp(momentum_OD, grad_OD, 1 - momentum)
+    norm_O = torch.linalg.vector_norm(u_OD, dim=1, dtype=q_DR.dtype)
+    row_O = math.sqrt(D) / (norm_O + 1e-12 * norm_O.max() + 1e-30)  # a row of zeros stays one
+    square = (row_O * norm_O).square().sum()  # |A|^2
+    if rank == 0:
+        _subtract_rows(weight_OD, u_OD, row_O * (RMS * lr))
+        return Leading(q_DR, torch.zeros_like(square))
+    wide_OD = u_OD.to(q_DR.dtype)
+    p_OR = _orthonormal(row_O.unsqueeze(1) * (wide_OD @ q_DR))
+    s_DR = ((row_O.unsqueeze(1) * p_OR).T @ wide_OD).T
+    s_R = torch.linalg.vector_norm(s_DR, dim=0)
+    q_DR = s_DR / s_R.clamp(min=1e-30)
+    rest = (square - s_R.square().sum()).clamp(min=0)
+    t_R = torch.minimum(s_R, torch.maximum((rest / (min(weight_OD.shape) - rank)).sqrt(), damping * s_R))
+    norm = (rest + t_R.square().sum()).sqrt()
+    scale = RMS * lr * square.sqrt() / torch.where(norm > 0, norm, 1)
+    _subtract_rows(weight_OD, u_OD, row_O * scale)
+    taken_OR = (p_OR * ((s_R - t_R) * scale)).to(weight_OD.dtype)
+    if rank == 1:
+        weight_OD.addr_(taken_OR[:, 0], q_DR[:, 0].to(weight_OD.dtype))
+    else:
+        weight_OD.addmm_(taken_OR, q_DR.T.to(weight_OD.dtype))
+    return Leading(q_DR, 1 - t_R[0] / s_R[0].clamp(min=1e-30))
+
+
+def _subtract_rows(weight_OD: Tensor, u_OD: Tensor, factor_O: Tensor) -> None:
+    weight_OD.addcmul_(u_OD, factor_O.unsqueeze(1).to(weight_OD.dtype), value=-1)
+
+
+def _orthonormal(p_OR: Tensor) -> Tensor:
+    if p_OR.shape[1] > 1:
+        q_OR: Tensor = torch.linalg.qr(p_OR)[0]
+        return q_OR
+    length: Tensor = torch.linalg.vector_norm(p_OR)
+    return p_OR / length.clamp(min=1e-30)

@@ -1,0 +1,209 @@
+"""`EvaP`: curvature along the leading direction of the momentum, around :mod:`lightning_efficient.eva.leading`."""
+
+import types
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_efficient.eva.layers import FoundLayers, Layer
+from lightning_efficient.eva.leading import leading_step, start_directions
+from lightning_efficient.eva.matrices import as_matrices, is_channels_last
+from lightning_efficient.eva.report import LayerReport
+from lightning_efficient.eva.sources import wide_dtype
+from lightning_efficient.optimizers.fallback import adamw_step, momentum_buffer
+from lightning_efficient.optimizers.layerwise import LayerwiseOptimizer
+
+PowerBackend = Literal["eager", "compiled"]
+
+
+class EvaP(LayerwiseOptimizer):
+    r"""Rank-1 curvature along the leading singular direction of the momentum, found by one power step a training step.
+
+    For the weights of ``Linear`` and convolution layers: momentum, rows brought to equal length, the ``rank`` leading
+    directions brought down to the size of the others, an update of fixed root mean square. All other parameters follow
+    AdamW, at the same learning rate unless ``fallback_lr`` says otherwise. State: the momentum, and ``rank`` vectors of
+    a layer's inputs; a step costs about as much as AdamW's. :mod:`lightning_efficient.eva.leading` has the equations.
+
+    Not from the papers: Eva-s curves along the mean of the gradient's rows and columns, and Eva-f along the mean input;
+    behind LayerNorm neither is where the curvature is. The method card says what was measured, and that Muon, which
+    treats all directions so, still does better for each step.
+
+    It needs the module, to know which weights are layers: call :meth:`attach`, or add
+    :class:`~lightning_efficient.callbacks.AttachOptimizer` to the Trainer. Nothing is captured, and under data
+    parallelism nothing is sent: gradients are equal on all ranks, and so is all that follows.
+
+    Args:
+        params: parameters or groups. A group may set ``lr``, ``momentum``, ``damping``, ``weight_decay``, ``betas``,
+            ``eps``, and ``fallback: True``, which sends all of it to AdamW.
+        lr: learning rate, of AdamW's size: an update has a root mean square of 0.2 of it.
+        rank: leading directions; 0 only normalises rows. Layers with no more rows or columns than that are treated so.
+        momentum: :math:`\mu`, of a Nesterov average.
+        damping: least share of a leading direction that is left.
+        weight_decay: decoupled, for all parameters.
+        fallback_lr: learning rate of AdamW; the ratio to ``lr`` stays, whatever a schedule does. ``None``: ``lr``.
+        betas: of AdamW.
+        eps: of AdamW.
+        backend: ``"eager"``, or ``"compiled"`` (inductor).
+
+    Raises:
+        ValueError: a value is out of range or unknown.
+        TypeError: a parameter is complex, or ``lr`` is a tensor.
+        NotImplementedError: a parameter is sharded (a DTensor).
+
+    Example::
+
+        optimizer = EvaP(model.parameters(), lr=0.01).attach(model, skip=["*lm_head"])
+    """
+
+    _wide_keys = ("leading",)
+    _layers: list[Layer]
+    _function: Callable[..., list[Tensor]] | None
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 0.01,
+        *,
+        rank: int = 1,
+        momentum: float = 0.8,
+        damping: float = 1e-3,
+        weight_decay: float = 0.0,
+        fallback_lr: float | None = None,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        backend: PowerBackend = "eager",
+    ) -> None:
+        if rank < 0:
+            raise ValueError(f"rank is {rank}: it counts directions. Set 1 or more, or 0 to normalise rows only.")
+        if backend not in get_args(PowerBackend):
+            raise ValueError(f"backend is {backend!r}: there is no such backend. Use one of eager, compiled.")
+        if fallback_lr is not None and not (lr > 0 and fallback_lr >= 0):
+            raise ValueError(
+                f"fallback_lr is {fallback_lr} with lr {lr}: its ratio to lr is kept under a schedule. Set lr above 0 "
+                "and fallback_lr to 0 or more."
+            )
+        self.rank = rank
+        self.backend = backend
+        self._rho: list[Tensor] = []
+        self._unwatch()
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "damping": damping,
+            "weight_decay": weight_decay,
+            "fallback": False,
+            "fallback_ratio": 1.0 if fallback_lr is None else fallback_lr / lr,
+            "betas": tuple(betas),
+            "eps": eps,
+        }
+        super().__init__(params, defaults)
+
+    @override
+    def _watch(self, found: FoundLayers) -> None:
+        self._layers = [layer for layer in found.layers if layer.groups == 1]
+        self._function = _step_of_all if self.backend == "eager" else _compiled()
+
+    @override
+    def _unwatch(self) -> None:
+        self._layers, self._function, self._rho = [], None, []
+
+    @override
+    def _reasons_of(self, found: FoundLayers) -> dict[str, str]:
+        grouped = {f"{layer.name}.weight": "a convolution with groups" for layer in found.layers if layer.groups > 1}
+        return {**found.reasons, **grouped}
+
+    @torch.no_grad()
+    @override
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step.
+
+        Args:
+            closure: evaluates the model again and returns the loss.
+
+        Raises:
+            RuntimeError: no module is attached.
+            TypeError: a gradient is sparse.
+        """
+        if self._function is None:
+            raise RuntimeError(
+                "EvaP needs to know the layers: call optimizer.attach(model) or add AttachOptimizer to "
+                "Trainer(callbacks=...)."
+            )
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._check_dense()
+        active = [layer for layer in self._layers if layer.weight.grad is not None]
+        if active:
+            with torch.autocast(active[0].weight.device.type, enabled=False):
+                self._step_layers(active)
+        done = {id(layer.weight) for layer in active}
+        for group in self.param_groups:
+            rest = [p for p in group["params"] if id(p) not in done and p.grad is not None]
+            adamw_step(rest, self.state, group, lr=group["lr"] * group["fallback_ratio"])
+        return loss
+
+    def _step_layers(self, layers: list[Layer]) -> None:
+        assert self._function is not None
+        group_of, lrs = self._group_of(), [group["lr"] for group in self.param_groups]
+        if self.backend == "compiled":  # a number would be compiled in, and anew for each value of a schedule
+            lrs = list(torch.tensor(lrs, device=layers[0].weight.device).unbind())
+        tensors, directions, settings = [], [], []
+        for layer in layers:
+            order, group = is_channels_last(layer.weight), self.param_groups[group_of[id(layer.weight)]]
+            buffer, grad = momentum_buffer(layer.weight, self.state), layer.weight.grad
+            assert grad is not None
+            tensors.append(
+                tuple(as_matrices(each, 1, channels_last=order) for each in (layer.weight.detach(), buffer, grad))
+            )
+            directions.append(self._directions(layer))
+            settings.append((lrs[group_of[id(layer.weight)]], group["momentum"], group["damping"]))
+            if group["weight_decay"]:
+                layer.weight.mul_(1 - group["lr"] * group["weight_decay"])
+        after = self._function(tensors, directions, settings)
+        for layer, q_DR in zip(layers, after[: len(layers)], strict=True):
+            self.state[layer.weight]["leading"] = q_DR
+        self._rho = after[len(layers) :]
+
+    def _directions(self, layer: Layer) -> Tensor:
+        state = self.state[layer.weight]
+        if "leading" not in state:
+            rank = self.rank if self.rank < min(layer.outputs, layer.fan_in) else 0
+            like = torch.empty(0, dtype=wide_dtype([layer.weight]), device=layer.weight.device)
+            state["leading"] = start_directions(layer.fan_in, rank, seed=layer.outputs, like=like)
+        directions: Tensor = state["leading"]
+        return directions
+
+    def kv_report(self) -> dict[str, LayerReport]:
+        """Say for each layer which share of its leading direction the last step took away, and why others have none.
+
+        Waits for the device. Empty before the first step.
+        """
+        report = {name: LayerReport(skipped=reason) for name, reason in self._reasons.items()}
+        active = [layer for layer in self._layers if "leading" in self.state.get(layer.weight, {})]
+        if len(active) == len(self._rho):
+            report.update((layer.name, LayerReport(float(rho))) for layer, rho in zip(active, self._rho, strict=True))
+        return report
+
+
+def _step_of_all(
+    tensors: list[tuple[Tensor, Tensor, Tensor]],
+    directions: list[Tensor],
+    settings: list[tuple[float | Tensor, float, float]],
+) -> list[Tensor]:
+    """Step all layers; return their new directions, then what each took away."""
+    after = [
+        leading_step(weight, buffer, grad, q_DR, lr=lr, momentum=momentum, damping=damping)
+        for (weight, buffer, grad), q_DR, (lr, momentum, damping) in zip(tensors, directions, settings, strict=True)
+    ]
+    return [each.q_DR for each in after] + [each.rho for each in after]
+
+
+def _compiled() -> Callable[..., list[Tensor]]:
+    # As in lightning_efficient.eva.compiled: a code object of its own for each optimizer.
+    own = types.FunctionType(_step_of_all.__code__.replace(), _step_of_all.__globals__, _step_of_all.__name__)
+    return torch.compile(own, dynamic=False)
