@@ -25,7 +25,7 @@ if TYPE_CHECKING:
         TopK,
         register_compressor,
     )
-    from lightning_efficient.optimizers import Eva
+    from lightning_efficient.optimizers import Eva, EvaP
     from lightning_efficient.strategies import CompressedDDPStrategy
 
 __version__ = "0.1.0.dev0"
@@ -38,6 +38,7 @@ __all__ = [
     "Compressor",
     "EfficientCLI",
     "Eva",
+    "EvaP",
     "HalfPrecision",
     "OptimizerGuard",
     "PowerSGD",
@@ -55,6 +56,7 @@ _HOMES = {
     "Compressor": "compression",
     "EfficientCLI": "cli",
     "Eva": "optimizers",
+    "EvaP": "optimizers",
     "HalfPrecision": "compression",
     "OptimizerGuard": "callbacks",
     "PowerSGD": "compression",

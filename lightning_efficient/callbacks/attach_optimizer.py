@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from lightning_efficient import _compat
 from lightning_efficient.eva import LayerReport
-from lightning_efficient.optimizers import Eva
+from lightning_efficient.optimizers import Eva, EvaP
 
 _CANCELLED = 1e-4
 """A layer's output gradient counts as cancelled below this share of the largest of the model."""
@@ -21,7 +21,7 @@ _CANCELLED = 1e-4
 
 @runtime_checkable
 class Attachable(Protocol):
-    """What the callback looks for: an optimizer with ``attach`` and ``detach``."""
+    """What the callback looks for in an optimizer."""
 
     def attach(self, module: nn.Module, skip: Sequence[str] = ()) -> Any:
         """Watch the layers of ``module``."""
@@ -31,7 +31,7 @@ class Attachable(Protocol):
 
 
 class AttachOptimizer(Callback):
-    """Attaches each optimizer that has ``attach``, such as :class:`~lightning_efficient.optimizers.Eva`, to the module.
+    """Gives each optimizer that has ``attach`` the module: :class:`~lightning_efficient.optimizers.Eva` and its like.
 
     It does so at fit start: after the module is on its device, before a checkpoint's optimizer state is restored and
     before a compiled module runs for the first time. Under a gradient scaler the optimizer learns the loss scale. Hooks
@@ -44,7 +44,7 @@ class AttachOptimizer(Callback):
         Near 0 it does nothing.
     ``eva/rho_max``
         the largest of them.
-    ``eva/nu``
+    ``eva/nu`` (this and the next two: not for EvaP)
         the step size factor of the last step.
     ``eva/clipped``
         share of the steps since the last entry that the KL clip made shorter. While it is 1, the learning rate has no
@@ -89,6 +89,7 @@ class AttachOptimizer(Callback):
         self.required = required
         self.stats: dict[str, float] = {}
         self._attached: list[Attachable] = []
+        self._scaled: list[Eva] = []
         self._due = 0
         self._inert_entries = 0
         self._warned: set[str] = set()
@@ -103,7 +104,7 @@ class AttachOptimizer(Callback):
         if not found and self.required:
             rank_zero_warn(
                 "AttachOptimizer found no optimizer to attach: none has an attach method. Use "
-                "lightning_efficient.optimizers.Eva, or remove the callback."
+                "lightning_efficient.optimizers.Eva or EvaP, or remove the callback."
             )
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         for optimizer in found:
@@ -112,6 +113,7 @@ class AttachOptimizer(Callback):
             self._attached.append(optimizer)
             if scaler is not None and isinstance(optimizer, Eva) and optimizer.loss_scale is None:
                 optimizer.loss_scale = lambda: _compat.loss_scale(scaler)
+                self._scaled.append(optimizer)
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -124,13 +126,21 @@ class AttachOptimizer(Callback):
     def _detach(self) -> None:
         for optimizer in self._attached:
             optimizer.detach()
-        self._attached = []
+        for optimizer in self._scaled:
+            optimizer.loss_scale = None
+        self._attached, self._scaled = [], []
 
     # ---- watching --------------------------------------------------------------------------------------------------
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._plan(trainer.global_step)
+        for index, optimizer in enumerate(self._watched()):
+            if isinstance(optimizer, Eva):
+                self._steps_of(optimizer, index)
+
+    def _watched(self) -> list[Eva | EvaP]:
+        return [each for each in self._attached if isinstance(each, (Eva, EvaP))]
 
     def _plan(self, step: int) -> None:
         self._due = (step // self.log_every_n_steps + 1) * self.log_every_n_steps
@@ -142,29 +152,32 @@ class AttachOptimizer(Callback):
         if trainer.global_step < self._due:
             return
         self._plan(trainer.global_step)
-        for index, optimizer in enumerate(each for each in self._attached if isinstance(each, Eva)):
+        for index, optimizer in enumerate(self._watched()):
             self._observe(trainer, pl_module, optimizer, index)
 
-    def _observe(self, trainer: pl.Trainer, module: nn.Module, optimizer: Eva, index: int) -> None:
+    def _observe(self, trainer: pl.Trainer, module: nn.Module, optimizer: Eva | EvaP, index: int) -> None:
         reports = {name: report for name, report in optimizer.kv_report().items() if report.rho is not None}
-        if not reports or optimizer.nu is None:
-            return
         shares = [report.rho for report in reports.values() if report.rho is not None]
-        stats, (steps, clipped) = optimizer.stats, self._counted.get(index, (0, 0))
-        taken = stats.counted_steps - steps
-        self._counted[index] = stats.counted_steps, stats.clipped
-        prefix = "eva" if index == 0 else f"eva{index}"
-        self.stats = {
-            f"{prefix}/rho": statistics.median(shares),
-            f"{prefix}/rho_max": max(shares),
-            f"{prefix}/nu": float(optimizer.nu),
-            f"{prefix}/clipped": (stats.clipped - clipped) / max(1, taken),
-            f"{prefix}/skipped_kv": float(stats.skipped_kv),
-        }
+        if not shares:
+            return
+        metrics = {"rho": statistics.median(shares), "rho_max": max(shares)}
+        if isinstance(optimizer, Eva):
+            metrics |= self._steps_of(optimizer, index)
+            self._warn_if_inert(metrics["rho"])
+            self._warn_of_cancelled(module, optimizer, reports)
+        self.stats = {f"eva{index or ''}/{name}": value for name, value in metrics.items()}
         for logger in trainer.loggers:
             logger.log_metrics(self.stats, step=trainer.global_step)
-        self._warn_if_inert(statistics.median(shares))
-        self._warn_of_cancelled(module, optimizer, reports)
+
+    def _steps_of(self, optimizer: Eva, index: int) -> dict[str, float]:
+        """What its steps since the last entry were like."""
+        stats, (steps, clipped) = optimizer.stats, self._counted.get(index, (0, 0))
+        self._counted[index] = stats.counted_steps, stats.clipped
+        return {
+            "nu": 1.0 if optimizer.nu is None else float(optimizer.nu),
+            "clipped": (stats.clipped - clipped) / max(1, stats.counted_steps - steps),
+            "skipped_kv": float(stats.skipped_kv),
+        }
 
     def _warn_if_inert(self, rho: float) -> None:
         self._inert_entries = self._inert_entries + 1 if rho < self.warn_inert_below else 0

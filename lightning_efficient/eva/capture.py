@@ -108,7 +108,9 @@ class KVCapture:
 
     def clear(self) -> None:
         """Forget what was captured since the last collection."""
-        self._pending.zero_()
+        # Through .data, which counts as no change: a compiled graph has saved the tensor for its backward, and a Trainer
+        # zeroes gradients between forward and backward.
+        self._pending.data.zero_()
         self._forget_eager()
         self._last_input = None
 

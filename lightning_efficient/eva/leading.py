@@ -33,16 +33,16 @@ class Leading(NamedTuple):
     """The tracked directions after a step, and how much of them was taken away.
 
     Attributes:
-        q_DR: the new input-side directions.
+        q_RD: the new input-side directions, Q^T.
         rho: share of the leading direction that was taken away, ``1 - t/s``, a scalar.
     """
 
-    q_DR: Tensor
+    q_RD: Tensor
     rho: Tensor
 
 
 def start_directions(inputs: int, rank: int, *, seed: int, like: Tensor) -> Tensor:
-    """Return orthonormal directions (D, R), the same on every rank and device.
+    """Return orthonormal directions (R, D), the same on every rank and device.
 
     Args:
         inputs: D.
@@ -51,16 +51,15 @@ def start_directions(inputs: int, rank: int, *, seed: int, like: Tensor) -> Tens
         like: gives type and device.
     """
     generator = torch.Generator().manual_seed(seed)
-    q_DR = torch.randn(inputs, rank, generator=generator, dtype=torch.float64)
-    q_DR, _ = torch.linalg.qr(q_DR)
-    return q_DR.to(like.device, like.dtype)
+    q_RD = torch.randn(rank, inputs, generator=generator, dtype=torch.float64)
+    return _orthonormal(q_RD).to(like.device, like.dtype)
 
 
 def leading_step(
     weight_OD: Tensor,
     momentum_OD: Tensor,
     grad_OD: Tensor,
-    q_DR: Tensor,
+    q_RD: Tensor,
     *,
     lr: float | Tensor,
     momentum: float,
@@ -72,45 +71,47 @@ def leading_step(
         weight_OD: W.
         momentum_OD: M.
         grad_OD: G.
-        q_DR: directions of the last step; its rank is below both O and D, or 0, which only normalises the rows.
+        q_RD: directions of the last step; its rank is below both O and D, or 0, which only normalises the rows.
         lr: learning rate.
         momentum: mu.
         damping: least share of a leading direction that is left.
     """
-    D, rank = weight_OD.shape[1], q_DR.shape[1]
+    rank, D = q_RD.shape
     momentum_OD.lerp_(grad_OD, 1 - momentum)
     u_OD = torch.lerp(momentum_OD, grad_OD, 1 - momentum)
-    norm_O = torch.linalg.vector_norm(u_OD, dim=1, dtype=q_DR.dtype)
+    norm_O = torch.linalg.vector_norm(u_OD, dim=1, dtype=q_RD.dtype)
     row_O = math.sqrt(D) / (norm_O + 1e-12 * norm_O.max() + 1e-30)  # a row of zeros stays one
     square = (row_O * norm_O).square().sum()  # |A|^2
     if rank == 0:
         _subtract_rows(weight_OD, u_OD, row_O * (RMS * lr))
-        return Leading(q_DR, torch.zeros_like(square))
-    wide_OD = u_OD.to(q_DR.dtype)
-    p_OR = _orthonormal(row_O.unsqueeze(1) * (wide_OD @ q_DR))
-    s_DR = ((row_O.unsqueeze(1) * p_OR).T @ wide_OD).T
-    s_R = torch.linalg.vector_norm(s_DR, dim=0)
-    q_DR = s_DR / s_R.clamp(min=1e-30)
+        return Leading(q_RD, torch.zeros_like(square))
+    wide_OD = u_OD.to(q_RD.dtype)
+    # Thin factors first and along the rows: the products then run at memory speed.
+    p_RO = _orthonormal(row_O * (q_RD @ wide_OD.T))
+    s_RD = (p_RO * row_O) @ wide_OD
+    s_R = torch.linalg.vector_norm(s_RD, dim=1)
+    q_RD = s_RD / s_R.clamp(min=1e-30).unsqueeze(1)
     rest = (square - s_R.square().sum()).clamp(min=0)
     t_R = torch.minimum(s_R, torch.maximum((rest / (min(weight_OD.shape) - rank)).sqrt(), damping * s_R))
     norm = (rest + t_R.square().sum()).sqrt()
     scale = RMS * lr * square.sqrt() / torch.where(norm > 0, norm, 1)
     _subtract_rows(weight_OD, u_OD, row_O * scale)
-    taken_OR = (p_OR * ((s_R - t_R) * scale)).to(weight_OD.dtype)
+    taken_RO = (p_RO * ((s_R - t_R) * scale).unsqueeze(1)).to(weight_OD.dtype)
     if rank == 1:
-        weight_OD.addr_(taken_OR[:, 0], q_DR[:, 0].to(weight_OD.dtype))
+        weight_OD.addr_(taken_RO[0], q_RD[0].to(weight_OD.dtype))
     else:
-        weight_OD.addmm_(taken_OR, q_DR.T.to(weight_OD.dtype))
-    return Leading(q_DR, 1 - t_R[0] / s_R[0].clamp(min=1e-30))
+        weight_OD.addmm_(taken_RO.T, q_RD.to(weight_OD.dtype))
+    return Leading(q_RD, 1 - t_R[0] / s_R[0].clamp(min=1e-30))
 
 
 def _subtract_rows(weight_OD: Tensor, u_OD: Tensor, factor_O: Tensor) -> None:
     weight_OD.addcmul_(u_OD, factor_O.unsqueeze(1).to(weight_OD.dtype), value=-1)
 
 
-def _orthonormal(p_OR: Tensor) -> Tensor:
-    if p_OR.shape[1] > 1:
-        q_OR: Tensor = torch.linalg.qr(p_OR)[0]
-        return q_OR
-    length: Tensor = torch.linalg.vector_norm(p_OR)
-    return p_OR / length.clamp(min=1e-30)
+def _orthonormal(rows: Tensor) -> Tensor:
+    """Orthonormal rows with the same span."""
+    if len(rows) == 1:
+        length: Tensor = torch.linalg.vector_norm(rows)
+        return rows / length.clamp(min=1e-30)
+    columns: Tensor = torch.linalg.qr(rows.T)[0]
+    return columns.T

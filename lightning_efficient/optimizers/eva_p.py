@@ -165,8 +165,8 @@ class EvaP(LayerwiseOptimizer):
             if group["weight_decay"]:
                 layer.weight.mul_(1 - group["lr"] * group["weight_decay"])
         after = self._function(tensors, directions, settings)
-        for layer, q_DR in zip(layers, after[: len(layers)], strict=True):
-            self.state[layer.weight]["leading"] = q_DR
+        for layer, q_RD in zip(layers, after[: len(layers)], strict=True):
+            self.state[layer.weight]["leading"] = q_RD
         self._rho = after[len(layers) :]
 
     def _directions(self, layer: Layer) -> Tensor:
@@ -197,10 +197,10 @@ def _step_of_all(
 ) -> list[Tensor]:
     """Step all layers; return their new directions, then what each took away."""
     after = [
-        leading_step(weight, buffer, grad, q_DR, lr=lr, momentum=momentum, damping=damping)
-        for (weight, buffer, grad), q_DR, (lr, momentum, damping) in zip(tensors, directions, settings, strict=True)
+        leading_step(weight, buffer, grad, q_RD, lr=lr, momentum=momentum, damping=damping)
+        for (weight, buffer, grad), q_RD, (lr, momentum, damping) in zip(tensors, directions, settings, strict=True)
     ]
-    return [each.q_DR for each in after] + [each.rho for each in after]
+    return [each.q_RD for each in after] + [each.rho for each in after]
 
 
 def _compiled() -> Callable[..., list[Tensor]]:

@@ -66,13 +66,13 @@ def lrs(autoencoder: float, llama: float, resnet: float) -> dict[str, float]:
 
 
 def adamw(net: nn.Module, p: Params) -> list[Optimizer]:
-    return [AdamW(net.parameters(), p["lr"], betas=(p["beta1"], p["beta2"]), weight_decay=0)]
+    return [AdamW(net.parameters(), p["lr"], betas=(p["beta1"], p["beta2"]), weight_decay=0, fused=True)]
 
 
 def muon(net: nn.Module, p: Params) -> list[Optimizer]:
     matrices = [layer.weight for layer in hidden_layers(net, head=False)]
     rest = [q for q in net.parameters() if not any(q is w for w in matrices)]
-    return [Muon(matrices, p["lr"], weight_decay=0), AdamW(rest, p["rest_lr"], weight_decay=0)]
+    return [Muon(matrices, p["lr"], weight_decay=0), AdamW(rest, p["rest_lr"], weight_decay=0, fused=True)]
 
 
 def soap(net: nn.Module, p: Params) -> list[Optimizer]:
@@ -119,9 +119,9 @@ def control(*, head: bool, clip: bool, rest: str) -> Build:
         inside, outside = split_parameters(net, hidden_layers(net, head=head))
         optimizers: list[Optimizer] = [ScaledSGD(inside, p["lr"], kl_clip=p["kl_clip"] if clip else None)]
         if outside and rest == "adamw":
-            optimizers.append(AdamW(outside, p["rest_lr"], weight_decay=0))
+            optimizers.append(AdamW(outside, p["rest_lr"], weight_decay=0, fused=True))
         elif outside:
-            optimizers.append(SGD(outside, p["lr"], momentum=0.9))
+            optimizers.append(SGD(outside, p["lr"], momentum=0.9, fused=True))
         return optimizers
 
     return build
@@ -129,7 +129,7 @@ def control(*, head: bool, clip: bool, rest: str) -> Build:
 
 ALL = {"kv_samples": None, "g_scale": "expectation"}
 EVA_F = {"variant": "eva_f", **ALL, "fallback": "adamw"}
-DAMPING, CLIP, REST = Knob((0.03,)), Knob((1e-3,)), Knob(per_decade=6)
+DAMPING, CLIP, CONTROL_CLIP, REST = Knob((0.03,)), Knob((1e-3, 0.1)), Knob((0.03, 3.0)), Knob(per_decade=6)
 FALLBACK = replace(REST, unused=("autoencoder",))  # which has layers only
 ONE_RULE = "every layer is hidden: the same as the method without AdamW"
 NO_HYBRID = {"autoencoder": ONE_RULE}
@@ -138,18 +138,18 @@ NO_CONV = {"resnet": "torch.optim.Muon takes matrices only"}
 _TABLE = (
     Method(
         "SGD",
-        "`torch.optim.SGD`; lr and momentum tuned",
-        lambda net, p: [SGD(net.parameters(), p["lr"], momentum=p["momentum"])],
+        "`torch.optim.SGD(fused=True)`; lr and momentum tuned",
+        lambda net, p: [SGD(net.parameters(), p["lr"], momentum=p["momentum"], fused=True)],
         lrs(1.0, 0.2, 0.1),
-        {"momentum": Knob((0.9,), choices=(0.8, 0.9, 0.95, 0.98))},
+        {"momentum": Knob((0.9,), choices=(0.7, 0.8, 0.9, 0.95, 0.98))},
     ),
     Method(
         BASELINE,
-        "`torch.optim.AdamW`; lr and both betas tuned",
+        "`torch.optim.AdamW(fused=True)`; lr and both betas tuned",
         adamw,
         lrs(0.005, 0.01, 0.02),
         {
-            "beta1": Knob((0.9,), choices=(0.8, 0.9, 0.95)),
+            "beta1": Knob((0.9,), choices=(0.6, 0.7, 0.8, 0.9, 0.95)),
             "beta2": Knob((0.999,), choices=(0.9, 0.95, 0.99, 0.999)),
         },
     ),
@@ -166,7 +166,7 @@ _TABLE = (
         "`pytorch_optimizer.SOAP`, eigenbasis every 10 steps; lr and beta tuned",
         soap,
         lrs(0.005, 0.01, 0.01),
-        {"beta": Knob((0.95,), choices=(0.9, 0.95, 0.98))},
+        {"beta": Knob((0.95,), choices=(0.8, 0.9, 0.95, 0.98))},
         period=10,
     ),
     Method(
@@ -174,7 +174,7 @@ _TABLE = (
         "`pytorch_optimizer.ScalableShampoo`, RMSProp grafting, roots every 10 steps; lr and beta1 tuned",
         shampoo,
         lrs(0.005, 0.01, 0.01),
-        {"beta1": Knob((0.9,), choices=(0.8, 0.9, 0.95))},
+        {"beta1": Knob((0.9,), choices=(0.6, 0.7, 0.8, 0.9, 0.95))},
         period=10,
     ),
     Method(
@@ -198,7 +198,7 @@ _TABLE = (
         "Eva without its rank-1 term; lr and clip tuned",
         control(head=True, clip=True, rest="sgd"),
         lrs(3.0, 1.0, 1.0),
-        {"kl_clip": Knob((0.03,))},
+        {"kl_clip": CONTROL_CLIP},
     ),
     Method(
         "Eva expectation, relative, normalised",
@@ -255,7 +255,7 @@ _TABLE = (
         "Eva-f hidden + AdamW without its rank-1 term; lr, clip and AdamW's lr tuned",
         control(head=False, clip=True, rest="adamw"),
         lrs(3.0, 1.0, 1.0),
-        {"kl_clip": Knob((0.03,)), "rest_lr": FALLBACK},
+        {"kl_clip": CONTROL_CLIP, "rest_lr": FALLBACK},
         NO_HYBRID,
     ),
     Method(

@@ -16,11 +16,12 @@ CURVE_POINTS = 60
 INTRO = f"""# How fast Eva converges
 
 Every method is tuned on seed 0 with the same number of trials and then trained on fresh seeds with the best settings
-found; the table has those seeds only. The search first tries three learning rates, 4.6 times apart, then the neighbours
-of the best trial (learning rates 2.2 and at last 1.5 times apart, then the other settings, mostly 3.2 times apart). It
-goes beyond the number of trials only while the best learning rate is the largest or smallest tried beside its other
-settings; *trials* says how far. A setting marked * has a neighbour that was not tried. All learning rates fall linearly
-to 0, weight decay is 0, float32 on one thread.
+found; the table has those seeds only. The search first tries three learning rates, 4.6 times apart, and for a clip two
+values; then the neighbours of the best trial so far: learning rates 2.2 times apart, the other settings, mostly 3 times
+apart, and last learning rates 1.5 times apart. It ends early where no neighbour is left, and goes on only while the
+best learning rate is the largest or smallest tried beside its other settings; *trials* says how many there were. A
+setting marked * has a neighbour that was not tried. All learning rates fall linearly to 0, weight decay is 0, float32
+on one thread.
 
 - *loss*: mean training loss of the last {WINDOW} steps, mean and standard deviation over seeds.
 - *steps to AdamW's loss*: the first step whose mean training loss over the last {WINDOW} is no more than AdamW's final

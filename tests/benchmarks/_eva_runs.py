@@ -118,8 +118,9 @@ def train_once(task_name: str, method: Method, params: Params, seed: int, steps:
 
 
 def ladder(value: float, per_decade: int, move: int = 0) -> float:
-    """Return the value ``move`` rungs up from the rung nearest to ``value``, with two digits."""
-    return float(f"{10 ** ((round(math.log10(value) * per_decade) + move) / per_decade):.2g}")
+    """Return the value ``move`` rungs up from the one nearest to ``value``: 1, 3, 10, or 1, 1.5, 2.2, 3.2 in sixths."""
+    rung = round(math.log10(value) * per_decade) + move
+    return float(f"{10 ** (rung / per_decade):.{1 if per_decade == 2 else 2}g}")
 
 
 def first_grid(task: str, method: Method, adamw_lr: float) -> list[Params]:

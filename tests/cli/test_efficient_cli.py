@@ -1,17 +1,20 @@
 """What EfficientCLI changes in LightningCLI, run in this process on the CPU."""
 
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import torch
 import yaml
-from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor
 
 from lightning_efficient._compat import forget_init_args_of_another_class
-from lightning_efficient.callbacks import OptimizerGuard
+from lightning_efficient.callbacks import AttachOptimizer, OptimizerGuard
 from lightning_efficient.cli import EfficientCLI, main
-from lightning_efficient.cli.efficient_cli import with_guard
+from lightning_efficient.cli.efficient_cli import with_defaults
 from lightning_efficient.cli.quiet import quiet_known_noise
+
+Added = TypeVar("Added", bound=Callback)
 
 FIT = [
     "fit",
@@ -26,26 +29,57 @@ FIT = [
 ]
 
 
-def guards(cli: EfficientCLI) -> list[OptimizerGuard]:
-    return [callback for callback in cli.trainer.callbacks if isinstance(callback, OptimizerGuard)]
+EVA = ["--model.optimizer=lightning_efficient.optimizers.Eva", "--model.optimizer.variant=eva_f"]
+
+
+def added(cli: EfficientCLI, kind: type[Added]) -> list[Added]:
+    return [callback for callback in cli.trainer.callbacks if isinstance(callback, kind)]
 
 
 def test_the_guard_is_on_by_default_and_has_checked_the_fit() -> None:
-    (guard,) = guards(EfficientCLI(args=FIT))
+    (guard,) = added(EfficientCLI(args=FIT), OptimizerGuard)
 
     assert (guard.stats.checks, guard.stats.trainable) == (1, 2)
 
 
 def test_the_guard_can_be_turned_off() -> None:
-    assert guards(EfficientCLI(args=[*FIT, "--optimizer_guard=false"])) == []
+    cli = EfficientCLI(args=[*FIT, "--optimizer_guard=false"])
+
+    assert added(cli, OptimizerGuard) == []
+    assert len(added(cli, AttachOptimizer)) == 1
 
 
-def test_the_guard_is_added_once_and_beside_the_recipes_callbacks() -> None:
-    own, other = OptimizerGuard(), LearningRateMonitor()
+def test_an_optimizer_that_watches_layers_is_attached_without_being_asked() -> None:
+    cli = EfficientCLI(args=[*FIT, *EVA])
 
-    assert with_guard([own, other]) == [own, other]
-    assert with_guard(other)[0] is other
-    assert isinstance(with_guard(None)[0], OptimizerGuard)
+    (optimizer,) = cli.trainer.optimizers
+    assert optimizer.stats.counted_steps == 2
+
+
+def test_other_optimizers_are_trained_without_a_word_about_it(recwarn: pytest.WarningsRecorder) -> None:
+    (attach,) = added(EfficientCLI(args=FIT), AttachOptimizer)
+
+    assert not attach.required
+    assert not [each for each in recwarn if "AttachOptimizer" in str(each.message)]
+
+
+def test_the_recipes_own_callback_takes_the_place_of_the_added_one(workplace: Path) -> None:
+    callback = "{class_path: lightning_efficient.callbacks.AttachOptimizer, init_args: {log_every_n_steps: 7}}"
+    (workplace / "mine.yaml").write_text(f"trainer: {{callbacks: [{callback}]}}\n")
+
+    cli = EfficientCLI(args=[*FIT, *EVA, "-c", "mine.yaml", "--trainer.logger=false"])
+
+    (attach,) = added(cli, AttachOptimizer)
+    assert attach.log_every_n_steps == 7
+    assert cli.trainer.optimizers[0].stats.counted_steps == 2
+
+
+def test_defaults_are_added_once_and_beside_the_recipes_callbacks() -> None:
+    own, other, default = OptimizerGuard(), LearningRateMonitor(), OptimizerGuard()
+
+    assert with_defaults([own, other], [default]) == [own, other]
+    assert with_defaults(other, [default]) == [other, default]
+    assert with_defaults(None, [default]) == [default]
 
 
 def test_later_recipes_overlay_earlier_ones_and_the_command_line_overlays_all(workplace: Path) -> None:
@@ -116,8 +150,11 @@ def test_the_saved_configuration_is_a_recipe_that_runs_again(workplace: Path) ->
     assert main(["fit", "-c", "config.yaml"]) == 0
 
 
-def test_validate_runs_without_an_optimizer_guard() -> None:
-    assert guards(EfficientCLI(args=["validate", *FIT[1:4], *FIT[5:], "--trainer.logger=false"])) == []
+def test_validate_adds_nothing() -> None:
+    cli = EfficientCLI(args=["validate", *FIT[1:4], *FIT[5:], "--trainer.logger=false"])
+
+    assert added(cli, OptimizerGuard) == []
+    assert added(cli, AttachOptimizer) == []
 
 
 def test_advertisements_are_silenced_and_warnings_are_not(

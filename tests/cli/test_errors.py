@@ -90,6 +90,55 @@ def test_a_wrong_recipe_is_explained(
     assert expected in error_of(["fit", "-c", "wrong.yaml"], capsys)
 
 
+EVA = (
+    f"model: {{class_path: {MODEL}, init_args: {{optimizer: "
+    "{class_path: lightning_efficient.optimizers.Eva, init_args: {%s}}}}"
+)
+
+
+@pytest.mark.parametrize(
+    ("init_args", "expected"),
+    [
+        ("variant: evaf", "'evaf' is not one of eva, eva_f, eva_s. Did you mean 'eva_f'?"),
+        ("backend: tritn", "Did you mean 'triton'?"),
+        ("dampin: 0.1", "Eva has no argument 'dampin'. Did you mean 'damping'?"),
+        ("lr: fast", "lr: expected float, got 'fast'."),
+        ("kv_samples: 1.5", "kv_samples: expected int or null, got '1.5'."),
+        ("rescale: clipped", "'clipped' is not one of clip, normalize, match_grad, graft, none. Did you mean 'clip'?"),
+    ],
+)
+def test_a_word_that_eva_does_not_know_is_explained(
+    init_args: str, expected: str, workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (workplace / "wrong.yaml").write_text(EVA % init_args)
+
+    assert expected in error_of(["fit", "-c", "wrong.yaml"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("init_args", "expected"),
+    [
+        ("lr: -1", "lr is -1.0: a step of negative length goes uphill."),
+        ("damping: 0", "damping is 0.0: the curvature has rank 1"),
+        ("kl_clip: -1", "kl_clip is -1.0: it bounds the squared step"),
+        ("kl_clip: 0", "kl_clip is 0.0: it bounds the squared step"),
+        ("kv_new_weight: 2", "kv_new_weight is 2.0: it is the weight of the newest vectors"),
+        ("kv_samples: 0", "kv_samples is 0: it counts samples."),
+        ("momentum: 1", "momentum is 1.0: it is the share that is kept"),
+    ],
+)
+def test_a_value_that_eva_refuses_is_explained(
+    init_args: str, expected: str, workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (workplace / "wrong.yaml").write_text(EVA % init_args)
+
+    assert main([*FIT[:1], "-c", "wrong.yaml", *FIT[3:], *SHORT]) == 2
+
+    error = capsys.readouterr().err
+    assert f"error: {expected}" in error
+    assert "Traceback" not in error
+
+
 def test_an_unknown_recipe_names_the_places_and_the_nearest(
     capsys: pytest.CaptureFixture[str], workplace: Path
 ) -> None:

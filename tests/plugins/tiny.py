@@ -33,7 +33,7 @@ class TinyModule(pl.LightningModule):
         optimizer: Makes the optimizer, once: a second fit goes on with the first one's, as with all other state.
     """
 
-    def __init__(self, optimizer: OptimizerCallable = PLAIN_SGD) -> None:
+    def __init__(self, optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=0.5)) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["optimizer"])
         self._make_optimizer = optimizer

@@ -10,6 +10,7 @@ import yaml
 
 from lightning_efficient.cli import EfficientCLI, main
 from lightning_efficient.cli.recipes import Recipe, shipped_recipes
+from lightning_efficient.optimizers import Eva
 from tests.support.ranks import run_ranks
 
 RECIPES = shipped_recipes()
@@ -17,6 +18,7 @@ COMPRESSED = {"quickstart", *(f"{name}/digits" for name in ("acp_sgd", "power_sg
     "acp_sgd/char_llama",
     "acp_sgd/multi_node",
 }
+EVA = {"eva/published_digits_ae", "eva/eva_f_char_llama", "eva/eva_f_resnet_digits"}
 
 # Enough to build, train twice, validate once, and leave nothing behind.
 TWO_STEPS = [
@@ -55,6 +57,7 @@ CASES = {
             "--trainer.precision=32-true",
         ]
     ),
+    "eva/eva_f_char_llama": Case(changes=SHORT_TEXT),
     "hf/causal_lm": Case(changes=SHORT_TEXT),
     "llama/pretrain": Case(changes=SHORT_TEXT),
     "models/llama_160m": Case(base=("llama/pretrain",), changes=[*SMALL_LLAMA, *SHORT_TEXT]),
@@ -73,7 +76,7 @@ def every_recipe() -> Any:
 
 
 def test_there_are_recipes() -> None:
-    assert {recipe.name for recipe in RECIPES} >= COMPRESSED | CASES.keys()
+    assert {recipe.name for recipe in RECIPES} >= COMPRESSED | EVA | CASES.keys()
 
 
 @every_recipe()
@@ -107,6 +110,8 @@ def fit_two_steps(rank: int, world_size: int, arguments: list[str]) -> dict[str,
     shown = {"steps": float(trainer.global_step), "val_loss": float(trainer.callback_metrics["val_loss"])}
     if (compressor := getattr(trainer.strategy, "compressor", None)) is not None:
         shown |= {"reductions": compressor.stats.steps, "bytes_sent": compressor.stats.bytes_sent}
+    if isinstance(optimizer := trainer.optimizers[0], Eva):
+        shown |= {"preconditioned_steps": optimizer.stats.counted_steps}
     return shown
 
 
@@ -116,7 +121,7 @@ def test_it_trains_two_steps_offline(recipe: Recipe, tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     if recipe.name.startswith("hf/"):
         pytest.importorskip("transformers")
-    if recipe.name.endswith("/digits"):
+    if "digits" in recipe.name:
         pytest.importorskip("sklearn")
     world_size = 2 if recipe.name in COMPRESSED else 1
     case = CASES.get(recipe.name, Case())
@@ -130,3 +135,5 @@ def test_it_trains_two_steps_offline(recipe: Recipe, tmp_path: Path, monkeypatch
         if recipe.name in COMPRESSED:
             assert each["reductions"] == 2
             assert each["bytes_sent"] > 0
+        if recipe.name in EVA:
+            assert each["preconditioned_steps"] == 2
