@@ -54,6 +54,13 @@ def base_of_view(tensor: "Tensor") -> "Tensor | None":
     return tensor._base
 
 
+def graph_task_id() -> int:
+    """The number of the backward pass that this thread runs, -1 outside of one."""
+    import torch
+
+    return torch._C._current_graph_task_id()
+
+
 def tensor_version(tensor: "Tensor") -> int:
     """How often the tensor has been changed in place."""
     return tensor._version

@@ -187,7 +187,8 @@ _LEAVES: list[tuple[re.Pattern[str], _Say]] = [
 
 def _value(message: str) -> str:
     given = re.search(r"(?:Got value|Given value): (.*)", message)
-    return given[1].strip() if given else ""
+    # For a callable, jsonargparse appends the whole value to that of the argument.
+    return given[1].split(". Got value: ")[0].strip() if given else ""
 
 
 def _short(text: str, limit: int = 60) -> str:

@@ -1,8 +1,9 @@
 """Capture the Kronecker vectors of a module's layers while it trains.
 
 A forward hook sums the layer's input and hands the sum to a hook on the output tensor; that one, which runs only where
-the graph is really back-propagated, adds both vectors to the pending ones. So an evaluation pass, a dropped forward,
-and the second forward of activation checkpointing leave no trace, and accumulated micro-batches add up.
+the graph is really back-propagated, stages the pair, which counts once the weight has received the gradient of that
+pass. So an evaluation pass, a dropped forward, the second forward of activation checkpointing, and a gradient with
+respect to inputs leave no trace, and accumulated micro-batches add up.
 
 Pending vectors lie in one flat tensor with the same layout on every rank, whatever each of them used: the collective of
 a step is one all-reduce of it.
@@ -21,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_efficient._compat import base_of_view, tensor_version
+from lightning_efficient._compat import base_of_view, graph_task_id, tensor_version
 from lightning_efficient.eva.layers import Layer
 from lightning_efficient.eva.layout import Layout, send
 from lightning_efficient.eva.vectors import conv_taps, count_rows, input_sum, output_sum
@@ -44,6 +45,20 @@ class Vectors(NamedTuple):
     a_A: Tensor
     g_R: Tensor | None
     finite: Tensor
+
+
+class _Captured(NamedTuple):
+    """Sums over the rows of one layer, in the backward pass with this number."""
+
+    task: int
+    a: Tensor
+    g: Tensor | None
+    rows: int
+
+    def __add__(self, other: "_Captured") -> "_Captured":  # type: ignore[override]
+        # Out of place: a may be the sum of several layers that read one tensor.
+        g = None if self.g is None or other.g is None else self.g + other.g
+        return _Captured(other.task, self.a + other.a, g, self.rows + other.rows)
 
 
 class KVCapture:
@@ -91,33 +106,38 @@ class KVCapture:
         self._no_g = zeros[: sizes[1]].split(layout.output_sizes) if outputs else ()
         self._sent_rows: tuple[list[int], Tensor] | None = None
         self._forget_eager()
+        self._listening: set[int] = set()
         self._handles: list[RemovableHandle] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A module takes its hooks along when it is pickled; a reference to a tensor cannot go.
+        return {**self.__dict__, "_last_input": None}
 
     def watch(self) -> None:
         """Put the hooks on."""
         for index, layer in enumerate(self._layers):
             assert layer.module is not None
-            hook = partial(self._on_forward, index)
-            self._handles.append(layer.module.register_forward_hook(hook, with_kwargs=True))
+            on_forward = partial(self._on_forward, index)
+            self._handles.append(layer.module.register_forward_hook(on_forward, with_kwargs=True))
 
     def remove(self) -> None:
         """Take the hooks off; graphs built before still commit, to nobody."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._listening.clear()
 
     def clear(self) -> None:
         """Forget what was captured since the last collection."""
-        # Through .data, which counts as no change: a compiled graph has saved the tensor for its backward, and a Trainer
-        # zeroes gradients between forward and backward.
+        # Through .data, which counts as no change: a compiled graph has saved the tensor for its backward, and Trainers
+        # zero gradients between forward and backward.
         self._pending.data.zero_()
         self._forget_eager()
         self._last_input = None
 
     def _forget_eager(self) -> None:
-        self._eager_a: dict[int, Tensor] = {}
-        self._eager_g: dict[int, Tensor] = {}
-        self._eager_rows = [0] * len(self._layers)
+        self._staged: dict[int, _Captured] = {}
+        self._kept: dict[int, _Captured] = {}
 
     @property
     def rows(self) -> Tensor:
@@ -133,6 +153,11 @@ class KVCapture:
             return
         if not module.weight.requires_grad:
             return
+        if index not in self._listening and not torch.compiler.is_compiling():
+            # Only now: a frozen weight takes no such hook, and may have been frozen when the others were put on.
+            self._listening.add(index)
+            hook = partial(self._on_accumulated, index)
+            self._handles.append(self._layers[index].weight.register_post_accumulate_grad_hook(hook))
         x = args[0] if args else kwargs["input"]
         rows, share = count_rows(module, output, samples=self.samples)
         device = x.device.type
@@ -155,19 +180,21 @@ class KVCapture:
                     g = g * share
             if torch.compiler.is_compiling():
                 # What a compiled graph writes must be a tensor: an entry in a dict would be made once, at compile time.
-                self._a[index].add_(a.view(-1))
+                self._a[index].add_(a.reshape(-1))
                 self._rows[index].add_(rows)
                 if g is not None:
                     self._g[index].add_(g)
-            else:
-                self._keep(index, a, g, rows)
+                return
+            found, staged = _Captured(graph_task_id(), a, g, rows), self._staged.get(index)
+            same_pass = staged is not None and staged.task == found.task
+            self._staged[index] = staged + found if staged is not None and same_pass else found
 
-    def _keep(self, index: int, a: Tensor, g: Tensor | None, rows: int) -> None:
-        # Out of place: a may be the sum of several layers that read one tensor.
-        self._eager_a[index] = self._eager_a[index] + a if index in self._eager_a else a
-        self._eager_rows[index] += rows
-        if g is not None:
-            self._eager_g[index] = self._eager_g[index] + g if index in self._eager_g else g
+    def _on_accumulated(self, index: int, weight: Tensor) -> None:
+        """Keep what this backward pass has staged, now that the weight has received its gradient."""
+        staged = self._staged.pop(index, None)
+        if staged is not None and staged.task == graph_task_id():
+            kept = self._kept.get(index)
+            self._kept[index] = staged if kept is None else kept + staged
 
     def _input_sum(self, module: nn.Module, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
@@ -186,23 +213,24 @@ class KVCapture:
 
     def reduce(self, group: dist.ProcessGroup | None, world_size: int) -> None:
         """Sum the pending vectors over the ranks: one all-reduce, of the same size on each."""
-        if self._eager_a:
+        if self._kept:
+            found = [self._kept.get(index) for index in range(len(self._layers))]
             self._pending += torch.cat(
-                [self._eager_a.get(i, none).view(-1) for i, none in enumerate(self._no_a)]
-                + [self._eager_g.get(i, none) for i, none in enumerate(self._no_g)]
-                + [self._host_rows()]
+                [none if each is None else each.a.reshape(-1) for each, none in zip(found, self._no_a, strict=True)]
+                + [
+                    each.g if each and each.g is not None else none
+                    for each, none in zip(found, self._no_g, strict=False)
+                ]
+                + [self._send_rows([0 if each is None else each.rows for each in found])]
             )
             self._forget_eager()
         if world_size > 1:
             dist.all_reduce(self._pending, group=group)
 
-    def _host_rows(self) -> Tensor:
-        """The rows that eager hooks have counted, sent to the device only where the counts have changed."""
-        if self._sent_rows is None or self._sent_rows[0] != self._eager_rows:
-            self._sent_rows = (
-                self._eager_rows,
-                send(torch.tensor(self._eager_rows, dtype=self.dtype), self._pending.device),
-            )
+    def _send_rows(self, counts: list[int]) -> Tensor:
+        """Row counts on the device, sent only where they have changed."""
+        if self._sent_rows is None or self._sent_rows[0] != counts:
+            self._sent_rows = counts, send(torch.tensor(counts, dtype=self.dtype), self._pending.device)
         return self._sent_rows[1]
 
     def vectors(self, *, world_size: int, loss_scale: Tensor | float | None) -> Vectors:

@@ -85,7 +85,7 @@ def check_group(group: dict[str, Any]) -> None:
         TypeError: the learning rate is a tensor.
     """
     if not isinstance(group["lr"], (int, float)):
-        raise TypeError(f"lr is a {type(group['lr']).__name__}: this optimizer takes a number. Pass float(lr).")
+        raise TypeError(f"lr is a {type(group['lr']).__name__}: Eva takes a number. Pass float(lr).")
     if not group["lr"] >= 0:
         raise ValueError(f"lr is {group['lr']}: a step of negative length goes uphill. Set 0 or more.")
     if not group["damping"] > 0:

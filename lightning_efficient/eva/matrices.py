@@ -35,6 +35,20 @@ def in_memory_order(a: Tensor, weight: Tensor, groups: int, *, channels_last: bo
     return a if groups == 1 else a.view(groups, -1)
 
 
+def rows_in_memory_order(rows: Tensor, weight: Tensor, *, channels_last: bool) -> Tensor:
+    """Bring rows (R, D), each in the order of ``weight[0]``, into the order of :func:`as_matrices` without groups."""
+    if not channels_last:
+        return rows
+    return rows.view(-1, *weight.shape[1:]).movedim(1, -1).reshape(rows.shape)
+
+
+def rows_in_weight_order(rows: Tensor, weight: Tensor, *, channels_last: bool) -> Tensor:
+    """Undo :func:`rows_in_memory_order`."""
+    if not channels_last:
+        return rows
+    return rows.view(-1, *weight.shape[2:], weight.shape[1]).movedim(-1, 1).reshape(rows.shape)
+
+
 def has_matrix_view(weight: Tensor) -> bool:
     """Whether :func:`as_matrices` is a view of this weight, so that it can be updated in place."""
     return weight.ndim == 2 or weight.is_contiguous() or is_channels_last(weight)

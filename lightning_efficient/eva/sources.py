@@ -16,6 +16,7 @@ from lightning_efficient.eva.config import EvaConfig
 from lightning_efficient.eva.gradient_vectors import axis_means, outer_of_axes
 from lightning_efficient.eva.layers import Layer
 from lightning_efficient.eva.layout import Layout
+from lightning_efficient.eva.matrices import has_matrix_view
 from lightning_efficient.eva.running import RunningVectors, running_average
 
 States = Sequence[dict[str, Any]]
@@ -196,7 +197,7 @@ def _axes_size(layer: Layer) -> int:
 
 
 def bare_layers(groups: Sequence[dict[str, Any]], names: dict[int, str], skipped: Collection[int]) -> list[Layer]:
-    """Return every weight of two axes or more as a layer without a module (Eva-s).
+    """Return every weight of two axes or more as a layer without a module (Eva-s), if its memory is that of a matrix.
 
     Args:
         groups: parameter groups; those with ``fallback`` are left out.
@@ -208,5 +209,5 @@ def bare_layers(groups: Sequence[dict[str, Any]], names: dict[int, str], skipped
         for i, group in enumerate(groups)
         if not group["fallback"]
         for j, p in enumerate(group["params"])
-        if isinstance(p, nn.Parameter) and p.ndim >= 2 and id(p) not in skipped
+        if isinstance(p, nn.Parameter) and p.ndim >= 2 and id(p) not in skipped and has_matrix_view(p)
     ]

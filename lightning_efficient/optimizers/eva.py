@@ -120,8 +120,10 @@ class Eva(LayerwiseOptimizer):
     """
 
     _wide_keys = ("kv_a", "kv_g")
+    _settings = ("config", "process_group", "loss_scale")
     _source: LayerVectors | GradientVectors | None
     _plans: dict[tuple[bool, ...], Plan]
+    _seen: set[tuple[bool, ...]]
     _step_function: Callable[..., Any] | None
 
     def __init__(
@@ -215,7 +217,7 @@ class Eva(LayerwiseOptimizer):
     def _unwatch(self) -> None:
         if self._source is not None:
             self._source.remove()
-        self._source, self._plans, self._step_function = None, {}, None
+        self._source, self._plans, self._seen, self._step_function = None, {}, set(), None
 
     @override
     def _reasons_of(self, found: FoundLayers) -> dict[str, str]:
@@ -319,14 +321,15 @@ class Eva(LayerwiseOptimizer):
         if isinstance(source, GradientVectors):
             return source.refresh(states, active) if any(active) else None
         source.reduce()
-        if signature not in self._plans and (unseen := source.unseen(active)):
+        if signature not in self._seen and (unseen := source.unseen(active)):
             raise RuntimeError(
-                f"The layers {', '.join(unseen)} have gradients but no Kronecker vectors: their forward pass did not "
-                "run their hooks. Causes: attach() came after the first call of the compiled model (attach before); "
-                "the output of a Linear on more than two dimensions is changed in place in a compiled model (use "
-                "inplace=False); the module was in eval mode, or its weight was used without calling it. Or leave them "
-                f"out: attach(model, skip=[{unseen[0]!r}])."
+                f"The layers {', '.join(unseen)} have gradients but no Kronecker vectors: their hooks did not run. "
+                "Causes: attach() came after the first call of the compiled model (attach before); the output of a "
+                "Linear on more than two dimensions is changed in place in a compiled model (use inplace=False); the "
+                "module was in eval mode; its weight was used without calling it; or torch.autograd.grad computed the "
+                f"gradients (use backward). Or leave them out: attach(model, skip=[{unseen[0]!r}])."
             )
+        self._seen.add(signature)
         return source.refresh(states, None if self.loss_scale is None else self.loss_scale())
 
     def _plan(self, source: LayerVectors | GradientVectors, active: list[bool], biased: list[bool]) -> Plan:
@@ -425,18 +428,8 @@ class Eva(LayerwiseOptimizer):
         self._set_capturing()
 
     @override
-    def __getstate__(self) -> dict[str, Any]:
-        own = ("config", "process_group", "loss_scale")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
-
-    @override
     def __setstate__(self, state: dict[str, Any]) -> None:
-        if not hasattr(self, "config"):  # a copy, which no module is attached to
-            self.nu = self._counts = None
+        if not hasattr(self, "_source"):  # a copy
+            self._source, self.nu, self._counts = None, None, None
             self._counted_steps = self._kv_updates = 0
-            self._source = None
-            self.detach()
         super().__setstate__(state)
-        for group in self.param_groups:
-            for name, value in self.defaults.items():
-                group.setdefault(name, value)

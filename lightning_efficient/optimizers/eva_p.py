@@ -9,8 +9,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_efficient.eva.layers import FoundLayers, Layer
+from lightning_efficient.eva.layout import send
 from lightning_efficient.eva.leading import leading_step, start_directions
-from lightning_efficient.eva.matrices import as_matrices, is_channels_last
+from lightning_efficient.eva.matrices import as_matrices, is_channels_last, rows_in_memory_order, rows_in_weight_order
 from lightning_efficient.eva.report import LayerReport
 from lightning_efficient.eva.sources import wide_dtype
 from lightning_efficient.optimizers.fallback import adamw_step, momentum_buffer
@@ -59,6 +60,7 @@ class EvaP(LayerwiseOptimizer):
     """
 
     _wide_keys = ("leading",)
+    _settings = ("rank", "backend")
     _layers: list[Layer]
     _function: Callable[..., list[Tensor]] | None
 
@@ -103,7 +105,10 @@ class EvaP(LayerwiseOptimizer):
 
     @override
     def _watch(self, found: FoundLayers) -> None:
-        self._layers = [layer for layer in found.layers if layer.groups == 1]
+        layers = [layer for layer in found.layers if layer.groups == 1]
+        for layer in layers:
+            self._check_directions(layer)
+        self._layers = layers
         self._function = _step_of_all if self.backend == "eager" else _compiled()
 
     @override
@@ -151,7 +156,8 @@ class EvaP(LayerwiseOptimizer):
         assert self._function is not None
         group_of, lrs = self._group_of(), [group["lr"] for group in self.param_groups]
         if self.backend == "compiled":  # a number would be compiled in, and anew for each value of a schedule
-            lrs = list(torch.tensor(lrs, device=layers[0].weight.device).unbind())
+            dtype, device = wide_dtype(layer.weight for layer in layers), layers[0].weight.device
+            lrs = list(send(torch.tensor(lrs, dtype=dtype), device).unbind())
         tensors, directions, settings = [], [], []
         for layer in layers:
             order, group = is_channels_last(layer.weight), self.param_groups[group_of[id(layer.weight)]]
@@ -160,23 +166,46 @@ class EvaP(LayerwiseOptimizer):
             tensors.append(
                 tuple(as_matrices(each, 1, channels_last=order) for each in (layer.weight.detach(), buffer, grad))
             )
-            directions.append(self._directions(layer))
+            directions.append(rows_in_memory_order(self._directions(layer), layer.weight, channels_last=order))
             settings.append((lrs[group_of[id(layer.weight)]], group["momentum"], group["damping"]))
             if group["weight_decay"]:
                 layer.weight.mul_(1 - group["lr"] * group["weight_decay"])
         after = self._function(tensors, directions, settings)
         for layer, q_RD in zip(layers, after[: len(layers)], strict=True):
-            self.state[layer.weight]["leading"] = q_RD
+            order = is_channels_last(layer.weight)
+            self.state[layer.weight]["leading"] = rows_in_weight_order(q_RD, layer.weight, channels_last=order)
         self._rho = after[len(layers) :]
 
     def _directions(self, layer: Layer) -> Tensor:
         state = self.state[layer.weight]
         if "leading" not in state:
-            rank = self.rank if self.rank < min(layer.outputs, layer.fan_in) else 0
             like = torch.empty(0, dtype=wide_dtype([layer.weight]), device=layer.weight.device)
-            state["leading"] = start_directions(layer.fan_in, rank, seed=layer.outputs, like=like)
+            state["leading"] = start_directions(layer.fan_in, self._rank_of(layer), seed=layer.outputs, like=like)
         directions: Tensor = state["leading"]
         return directions
+
+    def _rank_of(self, layer: Layer) -> int:
+        return self.rank if self.rank < min(layer.outputs, layer.fan_in) else 0
+
+    def _check_directions(self, layer: Layer) -> None:
+        found = self.state.get(layer.weight, {}).get("leading")
+        if found is not None and found.shape != (self._rank_of(layer), layer.fan_in):
+            raise ValueError(
+                f"The state of layer {layer.name!r} has {found.shape[0]} directions of {found.shape[1]} inputs, but "
+                f"rank {self.rank} needs {self._rank_of(layer)} of {layer.fan_in}: it was saved with another rank or "
+                "model. Set the rank of the checkpoint."
+            )
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state; directions keep their type, whatever that of the weights.
+
+        Raises:
+            ValueError: the state belongs to other shapes, or to another rank.
+        """
+        super().load_state_dict(state_dict)
+        for layer in self._layers:
+            self._check_directions(layer)
 
     def kv_report(self) -> dict[str, LayerReport]:
         """Say for each layer which share of its leading direction the last step took away, and why others have none.

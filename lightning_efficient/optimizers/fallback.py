@@ -82,11 +82,12 @@ def adamw_step(params: Sequence[nn.Parameter], state: State, group: dict[str, An
 
 
 def momentum_buffer(p: nn.Parameter, state: State) -> Tensor:
-    """Return the parameter's momentum, made of zeros where there is none."""
-    buffer = state[p].get("momentum_buffer")
+    """Return the parameter's momentum, made of zeros where there is none, in the memory order of the parameter."""
+    buffer: Tensor | None = state[p].get("momentum_buffer")
     if buffer is None:
         buffer = state[p]["momentum_buffer"] = new_buffer(p)
-    assert isinstance(buffer, Tensor)
+    elif buffer.stride() != p.stride():  # the model has become channels-last, or the state was saved before it did
+        buffer = state[p]["momentum_buffer"] = new_buffer(p).copy_(buffer)
     return buffer
 
 

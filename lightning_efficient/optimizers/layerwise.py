@@ -27,6 +27,8 @@ class LayerwiseOptimizer(Optimizer):
     _needs_layers = True
     _wide_keys: tuple[str, ...] = ()
     """Entries of a state that stay in float32 or wider, whatever the type of the weight."""
+    _settings: tuple[str, ...] = ()
+    """Attributes that a copy keeps. It watches no module."""
 
     @abstractmethod
     def _watch(self, found: FoundLayers) -> None:
@@ -124,6 +126,19 @@ class LayerwiseOptimizer(Optimizer):
                 if name in saved.get(key, {}):
                     # torch has cast it to the type of the weight.
                     self.state[p][name] = saved[key][name].detach().to(p.device, wide_dtype([p]), copy=True)
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in self._settings}}
+
+    @override
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if not hasattr(self, "_names"):  # a copy
+            self.detach()
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in self.defaults.items():  # a state of another optimizer may lack some
+                group.setdefault(name, value)
 
     def _reasons_of(self, found: FoundLayers) -> dict[str, str]:
         return found.reasons

@@ -72,7 +72,10 @@ def adamw(net: nn.Module, p: Params) -> list[Optimizer]:
 def muon(net: nn.Module, p: Params) -> list[Optimizer]:
     matrices = [layer.weight for layer in hidden_layers(net, head=False)]
     rest = [q for q in net.parameters() if not any(q is w for w in matrices)]
-    return [Muon(matrices, p["lr"], weight_decay=0), AdamW(rest, p["rest_lr"], weight_decay=0, fused=True)]
+    return [
+        Muon(matrices, p["lr"], momentum=p["momentum"], weight_decay=0),
+        AdamW(rest, p["rest_lr"], weight_decay=0, fused=True),
+    ]
 
 
 def soap(net: nn.Module, p: Params) -> list[Optimizer]:
@@ -97,7 +100,8 @@ def shampoo(net: nn.Module, p: Params) -> list[Optimizer]:
 
 
 def foof(net: nn.Module, p: Params) -> list[Optimizer]:
-    return [FOOF(net, p["lr"], damping=p["damping"], kl_clip=p["kl_clip"], every=int(p["every"]))]
+    settings = {name: p[name] for name in ("damping", "kl_clip", "momentum")}
+    return [FOOF(net, p["lr"], every=int(p["every"]), **settings)]
 
 
 def eva(*, skip_head: bool = False, **fixed: object) -> Build:
@@ -117,11 +121,13 @@ def control(*, head: bool, clip: bool, rest: str) -> Build:
 
     def build(net: nn.Module, p: Params) -> list[Optimizer]:
         inside, outside = split_parameters(net, hidden_layers(net, head=head))
-        optimizers: list[Optimizer] = [ScaledSGD(inside, p["lr"], kl_clip=p["kl_clip"] if clip else None)]
+        optimizers: list[Optimizer] = [
+            ScaledSGD(inside, p["lr"], kl_clip=p["kl_clip"] if clip else None, momentum=p["momentum"])
+        ]
         if outside and rest == "adamw":
             optimizers.append(AdamW(outside, p["rest_lr"], weight_decay=0, fused=True))
         elif outside:
-            optimizers.append(SGD(outside, p["lr"], momentum=0.9, fused=True))
+            optimizers.append(SGD(outside, p["lr"], momentum=p["momentum"], fused=True))
         return optimizers
 
     return build
@@ -129,6 +135,7 @@ def control(*, head: bool, clip: bool, rest: str) -> Build:
 
 ALL = {"kv_samples": None, "g_scale": "expectation"}
 EVA_F = {"variant": "eva_f", **ALL, "fallback": "adamw"}
+MOMENTUM = Knob((0.9,), choices=(0.6, 0.7, 0.8, 0.9, 0.95, 0.98))
 DAMPING, CLIP, CONTROL_CLIP, REST = Knob((0.03,)), Knob((1e-3, 0.1)), Knob((0.03, 3.0)), Knob(per_decade=6)
 FALLBACK = replace(REST, unused=("autoencoder",))  # which has layers only
 ONE_RULE = "every layer is hidden: the same as the method without AdamW"
@@ -141,7 +148,7 @@ _TABLE = (
         "`torch.optim.SGD(fused=True)`; lr and momentum tuned",
         lambda net, p: [SGD(net.parameters(), p["lr"], momentum=p["momentum"], fused=True)],
         lrs(1.0, 0.2, 0.1),
-        {"momentum": Knob((0.9,), choices=(0.7, 0.8, 0.9, 0.95, 0.98))},
+        {"momentum": MOMENTUM},
     ),
     Method(
         BASELINE,
@@ -155,10 +162,10 @@ _TABLE = (
     ),
     Method(
         "Muon + AdamW",
-        "`torch.optim.Muon` for hidden matrices, AdamW for the rest; both learning rates tuned",
+        "`torch.optim.Muon` for hidden matrices, AdamW for the rest; both learning rates and momentum tuned",
         muon,
         lrs(0.02, 0.02, 0.02),
-        {"rest_lr": REST},
+        {"rest_lr": REST, "momentum": Knob((0.95,), choices=(0.6, 0.7, 0.8, 0.9, 0.95, 0.98))},
         NO_CONV,
     ),
     Method(
@@ -166,7 +173,7 @@ _TABLE = (
         "`pytorch_optimizer.SOAP`, eigenbasis every 10 steps; lr and beta tuned",
         soap,
         lrs(0.005, 0.01, 0.01),
-        {"beta": Knob((0.95,), choices=(0.8, 0.9, 0.95, 0.98))},
+        {"beta": Knob((0.95,), choices=(0.6, 0.7, 0.8, 0.9, 0.95, 0.98))},
         period=10,
     ),
     Method(
@@ -180,90 +187,92 @@ _TABLE = (
     Method(
         "FOOF",
         "the full input moment of which Eva-f keeps one vector: own implementation, all samples, KL clip, eigenbasis "
-        "every 50 or 10 steps; lr, damping, clip and this number tuned",
+        "every 50 or 10 steps; lr, damping, clip, momentum and this number tuned",
         foof,
         lrs(0.1, 0.05, 0.05),
-        {"damping": DAMPING, "kl_clip": CLIP, "every": Knob((50,), choices=(10, 50))},
+        {"damping": DAMPING, "kl_clip": CLIP, "momentum": MOMENTUM, "every": Knob((50,), choices=(10, 50))},
         period="every",
     ),
     Method(
         "Eva published",
-        "`Eva` with the constructor's conventions: 16 samples, KL clip; lr, damping and clip tuned",
+        "`Eva` with the constructor's conventions: 16 samples, KL clip; lr, damping, clip and momentum tuned",
         eva(),
         lrs(0.1, 0.05, 0.05),
-        {"kl_clip": CLIP, "damping": DAMPING},
+        {"kl_clip": CLIP, "damping": DAMPING, "momentum": MOMENTUM},
     ),
     Method(
         "control: SGD + KL clip",
-        "Eva without its rank-1 term; lr and clip tuned",
+        "Eva without its rank-1 term; lr, clip and momentum tuned",
         control(head=True, clip=True, rest="sgd"),
         lrs(3.0, 1.0, 1.0),
-        {"kl_clip": CONTROL_CLIP},
+        {"kl_clip": CONTROL_CLIP, "momentum": MOMENTUM},
     ),
     Method(
         "Eva expectation, relative, normalised",
-        "all samples, `g_scale='expectation'`, `damping_mode='relative'`, `rescale='normalize'`; lr and damping tuned",
+        "all samples, `g_scale='expectation'`, `damping_mode='relative'`, `rescale='normalize'`; lr, damping and "
+        "momentum tuned",
         eva(variant="eva", **ALL, damping_mode="relative", rescale="normalize"),
         lrs(0.03, 0.03, 0.03),
-        {"damping": Knob((0.3,))},
+        {"damping": Knob((0.3,)), "momentum": MOMENTUM},
     ),
     Method(
         "control: normalised SGD",
-        "the normalised variants without their rank-1 term; lr tuned",
+        "the normalised variants without their rank-1 term; lr and momentum tuned",
         control(head=True, clip=False, rest="sgd"),
         lrs(0.03, 0.03, 0.03),
+        {"momentum": MOMENTUM},
     ),
     Method(
         "Eva-s published",
-        "`variant='eva_s'` with its published settings; lr and damping tuned",
+        "`variant='eva_s'` with its published settings; lr, damping and momentum tuned",
         eva(variant="eva_s"),
         lrs(1.0, 0.2, 0.1),
-        {"damping": DAMPING},
+        {"damping": DAMPING, "momentum": MOMENTUM},
     ),
     Method(
         "Eva-f published",
-        "`variant='eva_f'`, 16 samples, normalised; lr and damping tuned",
+        "`variant='eva_f'`, 16 samples, normalised; lr, damping and momentum tuned",
         eva(variant="eva_f"),
         lrs(0.03, 0.03, 0.03),
-        {"damping": DAMPING},
+        {"damping": DAMPING, "momentum": MOMENTUM},
     ),
     Method(
         "Eva-f",
-        "`variant='eva_f'`, all samples, KL clip, AdamW for embeddings and norms; lr, damping, clip and AdamW's lr "
-        "tuned",
+        "`variant='eva_f'`, all samples, KL clip, AdamW for embeddings and norms; lr, damping, clip, momentum and "
+        "AdamW's lr tuned",
         eva(**EVA_F, rescale="clip"),
         lrs(0.1, 0.05, 0.05),
-        {"damping": DAMPING, "kl_clip": CLIP, "rest_lr": FALLBACK},
+        {"damping": DAMPING, "kl_clip": CLIP, "momentum": MOMENTUM, "rest_lr": FALLBACK},
     ),
     Method(
         "Eva-f relative, normalised",
-        "as Eva-f, with `damping_mode='relative', rescale='normalize'`; lr, damping and AdamW's lr tuned",
+        "as Eva-f, with `damping_mode='relative', rescale='normalize'`; lr, damping, momentum and AdamW's lr tuned",
         eva(**EVA_F, damping_mode="relative", rescale="normalize"),
         lrs(0.03, 0.03, 0.03),
-        {"damping": Knob((0.1,)), "rest_lr": FALLBACK},
+        {"damping": Knob((0.1,)), "momentum": MOMENTUM, "rest_lr": FALLBACK},
     ),
     Method(
         "Eva-f hidden + AdamW",
         "as Eva-f, with the head on AdamW too (`attach(model, skip=['*lm_head'])`); the same settings tuned",
         eva(**EVA_F, rescale="clip", skip_head=True),
         lrs(0.1, 0.05, 0.05),
-        {"damping": DAMPING, "kl_clip": CLIP, "rest_lr": FALLBACK},
+        {"damping": DAMPING, "kl_clip": CLIP, "momentum": MOMENTUM, "rest_lr": FALLBACK},
         {**NO_HYBRID, "resnet": "no `lm_head`: the same as Eva-f"},
     ),
     Method(
         "control: SGD + KL clip hidden + AdamW",
-        "Eva-f hidden + AdamW without its rank-1 term; lr, clip and AdamW's lr tuned",
+        "Eva-f hidden + AdamW without its rank-1 term; lr, clip, momentum and AdamW's lr tuned",
         control(head=False, clip=True, rest="adamw"),
         lrs(3.0, 1.0, 1.0),
-        {"kl_clip": CONTROL_CLIP, "rest_lr": FALLBACK},
+        {"kl_clip": CONTROL_CLIP, "rest_lr": FALLBACK, "momentum": MOMENTUM},
         NO_HYBRID,
     ),
     Method(
         "control: normalised SGD hidden + AdamW",
-        "Eva-f relative without its rank-1 term, head on AdamW; both learning rates tuned",
+        "Eva-f relative without its rank-1 term, head on AdamW; both learning rates and momentum tuned",
         control(head=False, clip=False, rest="adamw"),
         lrs(0.03, 0.03, 0.03),
-        {"rest_lr": FALLBACK},
+        {"rest_lr": FALLBACK, "momentum": MOMENTUM},
         NO_HYBRID,
     ),
 )

@@ -18,10 +18,10 @@ INTRO = f"""# How fast Eva converges
 Every method is tuned on seed 0 with the same number of trials and then trained on fresh seeds with the best settings
 found; the table has those seeds only. The search first tries three learning rates, 4.6 times apart, and for a clip two
 values; then the neighbours of the best trial so far: learning rates 2.2 times apart, the other settings, mostly 3 times
-apart, and last learning rates 1.5 times apart. It ends early where no neighbour is left, and goes on only while the
-best learning rate is the largest or smallest tried beside its other settings; *trials* says how many there were. A
-setting marked * has a neighbour that was not tried. All learning rates fall linearly to 0, weight decay is 0, float32
-on one thread.
+apart, learning rates 1.5 times apart, and last both at once. It ends early where no neighbour is left, and goes on only
+while the best learning rate is the largest or smallest tried beside its other settings; *trials* says how many there
+were. A setting marked * has a neighbour that was not tried. All learning rates fall linearly to 0, weight decay is 0,
+float32 on one thread.
 
 - *loss*: mean training loss of the last {WINDOW} steps, mean and standard deviation over seeds.
 - *steps to AdamW's loss*: the first step whose mean training loss over the last {WINDOW} is no more than AdamW's final
@@ -48,16 +48,18 @@ def summarise(
     task: str, runs: dict[str, list[Run]], searches: dict[str, dict[str, Any]], times: dict[str, float]
 ) -> list[dict[str, Any]]:
     """Return a row for each method of a task, best loss first, as plain data."""
-    targets = {run.seed: run.score for run in runs.get(BASELINE, [])}
-    own = {run.seed: steps_to(run.losses, run.score) for run in runs.get(BASELINE, [])}
+    targets = {run.seed: statistics.fmean(run.losses[-WINDOW:]) for run in runs.get(BASELINE, []) if not run.failure}
+    own = {run.seed: steps_to(run.losses, targets[run.seed]) for run in runs.get(BASELINE, []) if not run.failure}
     rows = []
     for name, of_method in runs.items():
         finite = [run for run in of_method if not run.failure]
         reached = [
-            steps_to(r.losses, targets[r.seed]) if r.seed in targets and not r.failure else None for r in of_method
+            steps_to(run.losses, targets[run.seed]) if run.seed in targets and not run.failure else None
+            for run in of_method
         ]
-        all_reached = bool(reached) and None not in reached
-        ratio = sum(reached) / sum(own[run.seed] for run in of_method) if all_reached else None  # type: ignore[arg-type,misc]
+        pairs = [(steps, own[run.seed]) for steps, run in zip(reached, of_method, strict=True) if steps is not None]
+        complete = len(pairs) == len(of_method)
+        ratio = sum(steps for steps, _ in pairs) / sum(steps for _, steps in pairs) if complete else None
         relative = times[name] / times[BASELINE] if {name, BASELINE} <= times.keys() else None
         rows.append(
             {

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from tests.benchmarks._eva_methods import METHODS, Method, Params
+from tests.benchmarks._eva_methods import METHODS, Knob, Method, Params
 from tests.benchmarks._eva_tasks import TASKS, batches
 
 LR_PER_DECADE = 6  # values of the finest ladder of learning rates
@@ -145,21 +145,21 @@ def next_trial(method: Method, done: list[tuple[Params, float]]) -> tuple[Params
         within = [ladder(best["lr"], LR_PER_DECADE, sign * move) for move in range(1, LR_STRIDE + 1)]
         if not beside & set(within):
             return {**best, "lr": within[-1]}, not any(sign * (lr - best["lr"]) > 0 for lr in beside)
-    for name, knob in method.knobs.items():
-        stride = LR_STRIDE if name.endswith("_lr") else 1
-        for sign in (1, -1):
-            if knob.choices:
-                at = knob.choices.index(best[name]) + sign
-                value = knob.choices[at] if 0 <= at < len(knob.choices) else best[name]
-            else:
-                value = ladder(best[name], knob.per_decade, sign * stride)
-            if {**best, name: value} not in tried:
-                return {**best, name: value}, False
-    for move in (1, -1):
-        trial = {**best, "lr": ladder(best["lr"], LR_PER_DECADE, move)}
-        if trial not in tried:
-            return trial, False
-    return None, False
+    moved = [(name, value) for name, knob in method.knobs.items() for value in knob_neighbours(name, knob, best[name])]
+    trials = [{**best, name: value} for name, value in moved]
+    trials += [{**best, "lr": ladder(best["lr"], LR_PER_DECADE, move)} for move in (1, -1)]
+    for move in (LR_STRIDE, -LR_STRIDE):
+        trials += [{**best, name: value, "lr": ladder(best["lr"], LR_PER_DECADE, move)} for name, value in moved]
+    return next((trial for trial in trials if trial not in tried), None), False
+
+
+def knob_neighbours(name: str, knob: Knob, value: float) -> list[float]:
+    """Return the next larger and the next smaller value, where there is one."""
+    if knob.choices:
+        at = knob.choices.index(value)
+        return [*knob.choices[at + 1 : at + 2], *knob.choices[max(0, at - 1) : at]]
+    stride = LR_STRIDE if name.endswith("_lr") else 1
+    return [ladder(value, knob.per_decade, sign * stride) for sign in (1, -1)]
 
 
 def tune(

@@ -21,7 +21,7 @@ from rich.progress import Progress
 
 from tests.benchmarks._eva_methods import BASELINE, METHODS, Method, Params
 from tests.benchmarks._eva_report import markdown, plot, summarise
-from tests.benchmarks._eva_runs import Cache, Run, next_trial, step_times, tune
+from tests.benchmarks._eva_runs import Cache, Run, knob_neighbours, next_trial, step_times, tune
 from tests.benchmarks._eva_tasks import TASKS
 
 OUT = Path(__file__).parents[2] / "docs" / "benchmarks" / "eva_convergence_2core_cpu_202611"
@@ -57,16 +57,13 @@ def search(
 def untried_beside(method: Method, done: list[tuple[Params, float]]) -> list[str]:
     """Return the settings of the best trial that have a neighbour which was not tried."""
     best, _ = min(done, key=lambda each: each[1])
-    imagined = list(done)
-    names: list[str] = []
-    while True:
-        trial, _ = next_trial(method, imagined)
-        if trial is None:
-            return names
-        (name,) = (name for name in trial if trial[name] != best[name])
-        if name != "lr" or next_trial(method, imagined)[1]:
-            names += [] if name in names else [name]
-        imagined.append((trial, float("inf")))
+    tried = [params for params, _ in done]
+    names = ["lr"] if next_trial(method, done)[1] else []
+    return names + [
+        name
+        for name, knob in method.knobs.items()
+        if any({**best, name: value} not in tried for value in knob_neighbours(name, knob, best[name]))
+    ]
 
 
 def run_task(cache: Cache, task: str, args: argparse.Namespace, progress: Progress) -> list[dict[str, Any]]:
@@ -108,7 +105,7 @@ def parse() -> argparse.Namespace:
         "--methods", nargs="*", choices=METHODS, default=list(METHODS), help="default: all; AdamW always"
     )
     parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2, 3], help="seeds reported (default 1 2 3)")
-    parser.add_argument("--trials", type=int, default=14, help="trials of each method and task (default 14)")
+    parser.add_argument("--trials", type=int, default=18, help="trials of each method and task (default 18)")
     parser.add_argument("--rounds", type=int, default=150, help="timed steps of each method (default 150)")
     for name, task in TASKS.items():
         parser.add_argument(f"--{name}-steps", type=int, default=task.steps, help=f"default {task.steps}")
@@ -116,7 +113,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=OUT, help="path of the results without suffix")
     args = parser.parse_args()
     if args.quick:
-        args.trials, args.seeds, args.rounds, args.cache = 4, [1], 12, args.cache / "quick"
+        args.trials, args.seeds, args.rounds, args.cache = 3, [1], 12, args.cache / "quick"
     args.steps = {name: 30 if args.quick else getattr(args, f"{name}_steps") for name in TASKS}
     return args
 

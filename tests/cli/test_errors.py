@@ -101,7 +101,7 @@ EVA = (
     [
         ("variant: evaf", "'evaf' is not one of eva, eva_f, eva_s. Did you mean 'eva_f'?"),
         ("backend: tritn", "Did you mean 'triton'?"),
-        ("dampin: 0.1", "Eva has no argument 'dampin'. Did you mean 'damping'?"),
+        ("damp: 0.1", "Eva has no argument 'damp'. Did you mean 'damping'?"),
         ("lr: fast", "lr: expected float, got 'fast'."),
         ("kv_samples: 1.5", "kv_samples: expected int or null, got '1.5'."),
         ("rescale: clipped", "'clipped' is not one of clip, normalize, match_grad, graft, none. Did you mean 'clip'?"),

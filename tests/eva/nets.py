@@ -35,8 +35,8 @@ class Task:
 def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     """Mean cross-entropy over all rows, with a small penalty on the logits.
 
-    Without that, the gradient of the last layer would sum to rounding noise over the classes, which Eva-s under relative
-    damping blows up.
+    Without that, the gradient of the last layer would sum to rounding noise over the classes, which Eva-s blows up
+    under relative damping.
     """
     x, y = batch
     logits = model(x).flatten(0, -2)
@@ -44,7 +44,9 @@ def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def _mlp() -> nn.Module:
-    return nn.Sequential(nn.Linear(FEATURES, 9), nn.Tanh(), nn.Linear(9, 5, bias=False), nn.Tanh(), nn.Linear(5, CLASSES))
+    return nn.Sequential(
+        nn.Linear(FEATURES, 9), nn.Tanh(), nn.Linear(9, 5, bias=False), nn.Tanh(), nn.Linear(5, CLASSES)
+    )
 
 
 def _conv() -> nn.Module:

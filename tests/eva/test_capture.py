@@ -3,6 +3,7 @@
 Each case says how a net is trained on one batch; a plain copy of the net and autograd say what must be captured.
 """
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -151,6 +152,19 @@ def test_activation_checkpointing_counts_once(net: str, reentrant: bool) -> None
     agree(a, watch.mean_inputs(x))
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_layer_that_is_used_inside_and_outside_of_a_checkpoint(reentrant: bool) -> None:
+    layer = _seeded(lambda: nn.Linear(D, D))
+    watch, x = Watch(nn.Sequential(layer)), _inputs(6, D)
+    inside: Any = checkpoint(layer, layer(x), use_reentrant=reentrant)
+    _loss(layer(inside)).backward()
+    a, g = watch.vectors()
+    agree(g, {"0": layer.bias.grad})
+    with torch.no_grad():
+        inputs = [x, watch.plain(x), watch.plain(watch.plain(x))]
+    agree(a, {"0": torch.stack(inputs).mean((0, 1))})
+
+
 # ---- what must leave no trace ----------------------------------------------------------------------------------------
 
 
@@ -175,7 +189,14 @@ def _inner_gradient(model: nn.Module, x: Tensor) -> None:
     torch.autograd.grad(model(x).sum(), x, create_graph=True)
 
 
-@pytest.mark.parametrize("pass_", [_evaluate, _evaluate_without_grad, _forward_only, _inner_gradient])
+def _inner_gradient_alone(model: nn.Module, x: Tensor) -> None:
+    x = x.clone().requires_grad_()
+    torch.autograd.grad(model(x).sum(), x)
+
+
+@pytest.mark.parametrize(
+    "pass_", [_evaluate, _evaluate_without_grad, _forward_only, _inner_gradient, _inner_gradient_alone]
+)
 @pytest.mark.parametrize("net", ["2-d linear", "3-d linear", "conv"])
 def test_a_pass_that_gives_no_gradients_leaves_no_trace(pass_: Callable[[nn.Module, Tensor], None], net: str) -> None:
     make, shape = NETS[net]
@@ -188,6 +209,18 @@ def test_a_pass_that_gives_no_gradients_leaves_no_trace(pass_: Callable[[nn.Modu
     a, g = watch.vectors()
     agree(g, watch.bias_gradients())
     agree(a, watch.mean_inputs(x))
+
+
+def test_a_backward_pass_that_keeps_its_graph_counts() -> None:
+    model = _seeded(_mlp)
+    watch, x = Watch(model), _inputs(6, D)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Using backward.. with create_graph=True")
+        _loss(model(x)).backward(create_graph=True)
+    a, g = watch.vectors()
+    agree(g, {name: each.detach() for name, each in watch.bias_gradients().items()})
+    agree(a, watch.mean_inputs(x))
+    model.zero_grad()
 
 
 def test_one_tensor_read_by_several_layers_is_read_anew_once_it_has_changed() -> None:

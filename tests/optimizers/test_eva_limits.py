@@ -136,7 +136,9 @@ def test_v_goes_downhill_and_is_no_longer_than_the_gradient_over_the_damping(
 def test_the_clip_bounds_the_squared_step(task: str, variant: str, lr: float) -> None:
     model, kappa = TASKS[task].net(), 1e-3
     # Momentum off and no fallback parameters in the sum: what moved is lr nu V.
-    optimizer = Eva(model.parameters(), lr=lr, variant=variant, rescale="clip", kl_clip=kappa, momentum=0, **EXPECTATION)
+    optimizer = Eva(
+        model.parameters(), lr=lr, variant=variant, rescale="clip", kl_clip=kappa, momentum=0, **EXPECTATION
+    )
     optimizer.attach(model)
     layers = {name for name, report in _reports(optimizer, model, task).items() if not report.skipped}
     for step in range(5):
@@ -188,7 +190,12 @@ def test_the_order_of_the_samples_does_not_matter(task: str, variant: str) -> No
     x, y = TASKS[task].batch(0)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     settings: dict[str, Any] = {"variant": variant, **EXPECTATION}
-    assert relative_difference(_one_update(model, (x[order], y[order]), **settings), _one_update(model, (x, y), **settings)) < 1e-11
+    assert (
+        relative_difference(
+            _one_update(model, (x[order], y[order]), **settings), _one_update(model, (x, y), **settings)
+        )
+        < 1e-11
+    )
 
 
 def test_channels_last_trains_the_same() -> None:

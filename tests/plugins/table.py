@@ -178,7 +178,7 @@ def eva_row(reference: Reference, **init_args: Any) -> Row:
 
 EVERYTHING_SEEN: dict[str, Any] = {"kv_samples": None, "g_scale": "expectation", "rescale": "clip"}
 """Settings of Eva with which no way to deal a batch out to ranks and steps changes the vectors."""
-# Momentum and weight decay are said because jsonargparse keeps those of SGD, the default, for a class named in its place.
+# Momentum and weight decay are said because jsonargparse keeps those of SGD, the default, for a class in its place.
 EVA: dict[str, Any] = {"lr": 0.1, "damping": 0.03, "kl_clip": 0.02, "momentum": 0.9, "weight_decay": 0.01}
 EVA_S: dict[str, Any] = {"lr": 0.1, "damping": 1e-6, "momentum": 0.9, "weight_decay": 0.01}
 

@@ -213,6 +213,12 @@ class Wider(TinyModule):
         self.more = torch.nn.Linear(2, 2)
 
 
+class WithRate(TinyModule):
+    """The tuner looks for the attribute that it tunes."""
+
+    lr = 0.5
+
+
 def _other_moments(rank: int, world_size: int, folder: str) -> dict[str, Any]:
     # After fit, by hand, instead of in the middle by a callback.
     uninterrupted = flat_weights(fit(world_size)[0])
@@ -221,7 +227,8 @@ def _other_moments(rank: int, world_size: int, folder: str) -> dict[str, Any]:
     after_fit = resume(world_size, "acp_sgd", Path(folder) / "after_fit.ckpt")
     # The tuner's trial steps inside a fit.
     at_start = Errors()
-    fit(world_size, callbacks=[LearningRateFinder(num_training_steps=5), at_start], default_root_dir=folder)
+    tuner = LearningRateFinder(num_training_steps=5)
+    fit(world_size, module=WithRate().double(), callbacks=[tuner, at_start], default_root_dir=folder)
     # A resume that failed before DDP existed.
     trainer = fit(world_size, max_epochs=1)[1]
     with pytest.raises(RuntimeError, match=r"Error.s. in loading state_dict"):
