@@ -47,7 +47,7 @@ def _loss(output: Tensor) -> Tensor:
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # inductor's own
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_a_compiled_net_captures_the_same(backend: str, checkpointed: bool) -> None:
     torch.compiler.reset()
     model = _net(checkpointed=checkpointed)

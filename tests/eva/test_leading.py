@@ -7,28 +7,14 @@ import torch
 from torch import Tensor
 
 from lightning_efficient.eva.leading import RMS, leading_step, start_directions
+from tests.eva.reference_leading import plain_step
 
 MU, LR, DAMPING = 0.8, 0.03, 1e-3
+SETTINGS = {"lr": LR, "momentum": MU, "damping": DAMPING}
 
 
 def gaussian(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def plain_step(W: Tensor, M: Tensor, G: Tensor, Q: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The equations of the module, line by line; Q is (D, R). Returns W, M, Q and V."""
-    (rows, D), R = W.shape, Q.shape[1]
-    M = MU * M + (1 - MU) * G
-    U = MU * M + (1 - MU) * G
-    A = torch.diag(math.sqrt(D) / U.norm(dim=1)) @ U
-    P = torch.linalg.qr(A @ Q).Q if R > 1 else torch.nn.functional.normalize(A @ Q, dim=0)
-    S = A.T @ P
-    s = S.norm(dim=0)
-    Q = S / s
-    r = ((rows * D - s.square().sum()) / (min(rows, D) - R)).sqrt()
-    t = torch.minimum(s, torch.maximum(r, DAMPING * s))
-    V = A - P @ torch.diag(s - t) @ Q.T
-    return W - LR * RMS * math.sqrt(rows * D) / V.norm() * V, M, Q, V
 
 
 def start(rows: int, D: int, rank: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -43,8 +29,8 @@ def test_a_step_equals_its_equations(shape: tuple[int, int], rank: int) -> None:
     W_, M_, Q_ = W.clone(), M.clone(), q.T.clone()
     for step in range(8):
         G = gaussian(*shape, seed=10 + step)
-        q, _ = leading_step(W, M, G, q, lr=LR, momentum=MU, damping=DAMPING)
-        W_, M_, Q_, _ = plain_step(W_, M_, G, Q_)
+        q, _ = leading_step(W, M, G, q, **SETTINGS)
+        W_, M_, Q_, _ = plain_step(W_, M_, G, Q_, **SETTINGS)
         torch.testing.assert_close(M, M_, rtol=0, atol=1e-14)
         # The signs of orthonormal columns are free; P and Q change them together, and the update does not see it.
         torch.testing.assert_close(W, W_, rtol=0, atol=1e-12)
@@ -54,7 +40,7 @@ def test_a_step_equals_its_equations(shape: tuple[int, int], rank: int) -> None:
 def test_rank_one_is_a_damped_inverse_of_rank_one_curvature() -> None:
     W, M, q = start(7, 12, 1)
     G, before = gaussian(7, 12, seed=3), W.clone()
-    *_, V = plain_step(W, M, G, q.T)
+    *_, V = plain_step(W, M, G, q.T, **SETTINGS)
     U = (1 - MU) * G * (1 + MU)
     A = torch.diag(math.sqrt(12) / U.norm(dim=1)) @ U
     p = torch.nn.functional.normalize(A @ q[0], dim=0)
@@ -62,7 +48,7 @@ def test_rank_one_is_a_damped_inverse_of_rank_one_curvature() -> None:
     t = ((7 * 12 - s**2) / 6).sqrt()
     F = torch.eye(7, dtype=torch.float64) + (s - t) / t * torch.outer(p, p)
 
-    leading_step(W, M, G, q, lr=LR, momentum=MU, damping=DAMPING)
+    leading_step(W, M, G, q, **SETTINGS)
 
     torch.testing.assert_close(torch.linalg.solve(F, A), V, rtol=0, atol=1e-12)
     direction = torch.nn.functional.normalize((before - W).flatten(), dim=0)
@@ -74,7 +60,7 @@ def test_the_update_has_a_fixed_root_mean_square(rank: int) -> None:
     W, M, q = start(9, 14, rank)
     for step in range(5):
         before = W.clone()
-        q, _ = leading_step(W, M, gaussian(9, 14, seed=step), q, lr=LR, momentum=MU, damping=DAMPING)
+        q, _ = leading_step(W, M, gaussian(9, 14, seed=step), q, **SETTINGS)
         assert (W - before).square().mean().sqrt().item() == pytest.approx(RMS * LR, rel=1e-12)
 
 
@@ -85,7 +71,7 @@ def test_on_a_steady_gradient_it_finds_the_leading_directions_and_levels_them() 
     W, M, q = start(8, 20, 1)
     for _ in range(60):
         before = W.clone()
-        q, rho = leading_step(W, M, G, q, lr=LR, momentum=MU, damping=DAMPING)
+        q, rho = leading_step(W, M, G, q, **SETTINGS)
     rest = values[1:].square().mean().sqrt()
 
     assert (q[0] @ right[0]).abs().item() == pytest.approx(1, abs=1e-12)
@@ -99,11 +85,11 @@ def test_on_a_steady_gradient_it_finds_the_leading_directions_and_levels_them() 
 def test_zeros_stay_zeros(rank: int) -> None:
     W, M, q = start(5, 6, rank)
     before = W.clone()
-    q, _ = leading_step(W, M, torch.zeros(5, 6, dtype=torch.float64), q, lr=LR, momentum=MU, damping=DAMPING)
+    q, _ = leading_step(W, M, torch.zeros(5, 6, dtype=torch.float64), q, **SETTINGS)
     assert torch.equal(W, before)
     G = gaussian(5, 6, seed=2)
     G[3] = 0
-    q, _ = leading_step(W, M, G, q, lr=LR, momentum=MU, damping=DAMPING)
+    q, _ = leading_step(W, M, G, q, **SETTINGS)
     assert torch.equal(W[3], before[3])
     assert W.isfinite().all()
     assert not torch.equal(W[0], before[0])
@@ -112,7 +98,7 @@ def test_zeros_stay_zeros(rank: int) -> None:
 def test_a_gradient_of_rank_one_still_gives_a_step_along_it() -> None:
     W, M, q = start(5, 6, 1)
     left, right, before = gaussian(5, seed=1), gaussian(6, seed=2), W.clone()
-    leading_step(W, M, torch.outer(left, right), q, lr=LR, momentum=MU, damping=DAMPING)
+    leading_step(W, M, torch.outer(left, right), q, **SETTINGS)
     update = before - W
     expected = RMS * LR * torch.outer(left.sign(), torch.nn.functional.normalize(right, dim=0)) * math.sqrt(6)
     torch.testing.assert_close(update, expected, rtol=1e-9, atol=0)

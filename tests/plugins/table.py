@@ -14,10 +14,11 @@ from torch.optim import SGD
 
 from lightning_efficient.callbacks import AttachOptimizer, CompressionMonitor, OptimizerGuard
 from lightning_efficient.compression import ACPSGD, Compressor, HalfPrecision, PowerSGD, SignSGD, TopK
-from lightning_efficient.optimizers import Eva
+from lightning_efficient.optimizers import Eva, EvaP
 from lightning_efficient.strategies import CompressedDDPStrategy
 from tests.plugins import references
 from tests.plugins.reference_eva import eva, eva_s
+from tests.plugins.reference_eva_p import eva_p
 from tests.plugins.references import Reduce, Reference, exchanging
 from tests.plugins.tiny import PLAIN_SGD, MakeOptimizer, TinyModule, sgd
 
@@ -143,32 +144,37 @@ def making_eva(**kwargs: Any) -> MakeOptimizer:
     return lambda parameters: Eva(parameters, **kwargs)
 
 
+def attaching() -> TrainerArgs:
+    return {"strategy": "ddp", "callbacks": [AttachOptimizer()]}
+
+
+ATTACHING_YAML = {
+    "strategy": "ddp",
+    "callbacks": [{"class_path": "lightning_efficient.callbacks.AttachOptimizer"}],
+}
+EVA_P: dict[str, Any] = {"lr": 0.05, "rank": 2, "momentum": 0.8, "weight_decay": 0.0}
+
+
 def eva_row(reference: Reference, **init_args: Any) -> Row:
     """A row of Eva: it must equal `reference`, and SGD where the damping leaves no curvature."""
-
-    def trainer() -> TrainerArgs:
-        return {"strategy": "ddp", "callbacks": [AttachOptimizer()]}
 
     lr, damping = 0.1, 1e20
     # All but Eva-s divide by the damping, not what weight decay adds, so it is left out.
     scaled_lr = lr if init_args["variant"] == "eva_s" else lr * damping
     no_curvature = {**init_args, "lr": scaled_lr, "damping": damping, "kl_clip": None, "weight_decay": 0.0}
     return Row(
-        trainer=trainer,
+        trainer=attaching,
         optimizer=making_eva(**init_args),
         yaml={
-            "trainer": {
-                "strategy": "ddp",
-                "callbacks": [{"class_path": "lightning_efficient.callbacks.AttachOptimizer"}],
-            },
+            "trainer": ATTACHING_YAML,
             "model": {"optimizer": {"class_path": "lightning_efficient.optimizers.Eva", "init_args": init_args}},
         },
         plugin=lambda _, module: module.configure_optimizers(),
         activity=lambda trainer: sum(each.stats.counted_steps for each in trainer.optimizers),  # type: ignore[attr-defined]
         oracles={
-            "written out": Oracle(trainer=trainer, optimizer=making_eva(**init_args), reference=reference),
+            "written out": Oracle(trainer=attaching, optimizer=making_eva(**init_args), reference=reference),
             "no curvature": Oracle(
-                trainer=trainer,
+                trainer=attaching,
                 optimizer=making_eva(**no_curvature),
                 reference=exchanging(lambda: references.mean, partial(SGD, lr=lr, momentum=0.9)),
             ),
@@ -234,6 +240,25 @@ ROWS: dict[str, Row] = {
     "eva": eva_row(eva("eva", **EVA), variant="eva", **EVA, **EVERYTHING_SEEN),
     "eva_f": eva_row(eva("eva_f", **EVA), variant="eva_f", **EVA, **EVERYTHING_SEEN),
     "eva_s": eva_row(eva_s(**EVA_S), variant="eva_s", **EVA_S),
+    "eva_p": Row(
+        trainer=attaching,
+        optimizer=lambda params: EvaP(params, **EVA_P),
+        yaml={
+            "trainer": ATTACHING_YAML,
+            "model": {"optimizer": {"class_path": "lightning_efficient.optimizers.EvaP", "init_args": EVA_P}},
+        },
+        plugin=lambda _, module: module.configure_optimizers(),
+        activity=lambda trainer: sum(
+            "leading" in state
+            for each in trainer.optimizers
+            for state in each.state.values()  # type: ignore[attr-defined]
+        ),
+        oracles={
+            "written out": Oracle(
+                trainer=attaching, optimizer=lambda params: EvaP(params, **EVA_P), reference=eva_p(**EVA_P)
+            ),
+        },
+    ),
     "OptimizerGuard": callback_row(
         OptimizerGuard,
         {},

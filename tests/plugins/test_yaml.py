@@ -10,7 +10,7 @@ import torch.distributed as dist
 import yaml
 from lightning.pytorch.cli import LightningCLI
 
-from lightning_efficient.optimizers import Eva
+from lightning_efficient.optimizers import Eva, EvaP
 from tests.plugins.table import ROWS
 from tests.plugins.tiny import TinyData, TinyModule
 from tests.support.trainers import QUIET, make_trainer
@@ -34,6 +34,8 @@ def settings(plugin: object) -> dict[str, Any]:
     """What the plugin was told: its public attributes that are plain values."""
     if isinstance(plugin, Eva):
         return {**plugin.defaults, "config": plugin.config}
+    if isinstance(plugin, EvaP):
+        return {**plugin.defaults, "rank": plugin.rank, "backend": plugin.backend}
     plain = (bool, int, float, str, tuple, list, dict, type(None))
     return {k: v for k, v in vars(plugin).items() if not k.startswith("_") and isinstance(v, plain)}
 
