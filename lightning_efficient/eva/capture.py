@@ -15,7 +15,7 @@ import contextlib
 import weakref
 from collections.abc import Sequence
 from functools import lru_cache, partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,7 @@ from lightning_efficient.eva.layers import Layer
 from lightning_efficient.eva.layout import Layout, send
 from lightning_efficient.eva.vectors import conv_taps, count_rows, input_sum, output_sum
 
+K = TypeVar("K")
 GScale = Literal["reference", "expectation"]
 
 _nothing = contextlib.nullcontext()
@@ -48,17 +49,20 @@ class Vectors(NamedTuple):
 
 
 class _Captured(NamedTuple):
-    """Sums over the rows of one layer, in the backward pass with this number."""
+    """Sums over the rows of one layer."""
 
-    task: int
     a: Tensor
     g: Tensor | None
     rows: int
 
-    def __add__(self, other: "_Captured") -> "_Captured":  # type: ignore[override]
-        # Out of place: a may be the sum of several layers that read one tensor.
-        g = None if self.g is None or other.g is None else self.g + other.g
-        return _Captured(other.task, self.a + other.a, g, self.rows + other.rows)
+
+def _add(captured: dict[K, _Captured], key: K, new: _Captured) -> None:
+    # Out of place: a may be the sum of several layers that read one tensor.
+    old = captured.get(key)
+    if old is not None:
+        g = None if old.g is None or new.g is None else old.g + new.g
+        new = _Captured(old.a + new.a, g, old.rows + new.rows)
+    captured[key] = new
 
 
 class KVCapture:
@@ -136,7 +140,7 @@ class KVCapture:
         self._last_input = None
 
     def _forget_eager(self) -> None:
-        self._staged: dict[int, _Captured] = {}
+        self._staged: dict[tuple[int, int], _Captured] = {}
         self._kept: dict[int, _Captured] = {}
 
     @property
@@ -185,16 +189,14 @@ class KVCapture:
                 if g is not None:
                     self._g[index].add_(g)
                 return
-            found, staged = _Captured(graph_task_id(), a, g, rows), self._staged.get(index)
-            same_pass = staged is not None and staged.task == found.task
-            self._staged[index] = staged + found if staged is not None and same_pass else found
+            # By pass too: a reentrant checkpoint runs a backward pass inside of another.
+            _add(self._staged, (index, graph_task_id()), _Captured(a, g, rows))
 
     def _on_accumulated(self, index: int, weight: Tensor) -> None:
         """Keep what this backward pass has staged, now that the weight has received its gradient."""
-        staged = self._staged.pop(index, None)
-        if staged is not None and staged.task == graph_task_id():
-            kept = self._kept.get(index)
-            self._kept[index] = staged if kept is None else kept + staged
+        staged = self._staged.pop((index, graph_task_id()), None)
+        if staged is not None:
+            _add(self._kept, index, staged)
 
     def _input_sum(self, module: nn.Module, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():

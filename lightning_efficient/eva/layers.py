@@ -92,10 +92,10 @@ def find_layers(module: nn.Module, parameters: Iterable[Tensor], skip: Sequence[
         names[key] = _join(name, kind)
         if key not in wanted or (kind == "bias" and isinstance(owner, SUPPORTED) and len(uses) == 1):
             continue
-        if kind != "weight" or not isinstance(owner, SUPPORTED):
-            reasons[names[key]] = f"{kind} of {type(owner).__name__}, which has no Kronecker vectors"
-        elif len(uses) > 1:
+        if len(uses) > 1:
             reasons[names[key]] = "shared by " + " and ".join(_join(other, which) for other, which, _ in uses)
+        elif kind != "weight" or not isinstance(owner, SUPPORTED):
+            reasons[names[key]] = f"{kind} of {type(owner).__name__}, which has no Kronecker vectors"
         elif id(owner) in unused:
             reasons[names[key]] = "torch.nn.MultiheadAttention never calls it"
         elif key in skipped:

@@ -86,11 +86,11 @@ class RunningVectors:
                 state[kind] = next(views)
 
     def _check(self, states: Sequence[Mapping[str, Any]]) -> None:
-        for kind, sizes in self._kinds.items():
-            for layer, state, size in zip(self._layers, states, sizes, strict=True):
-                if kind in state and state[kind].numel() != size:
+        for index, (layer, state) in enumerate(zip(self._layers, states, strict=True)):
+            for kind, sizes in self._kinds.items():
+                if kind in state and state[kind].numel() != sizes[index]:
                     raise ValueError(
                         f"The state of layer {layer.name!r} has {kind} of {state[kind].numel()} entries, but its "
-                        f"weight of shape {tuple(layer.weight.shape)} needs {size}: the checkpoint is of another "
-                        "model. Load the one of this model."
+                        f"weight of shape {tuple(layer.weight.shape)} needs {sizes[index]}: the checkpoint is of "
+                        "another model. Load the one of this model."
                     )

@@ -324,10 +324,9 @@ class Eva(LayerwiseOptimizer):
         if signature not in self._seen and (unseen := source.unseen(active)):
             raise RuntimeError(
                 f"The layers {', '.join(unseen)} have gradients but no Kronecker vectors: their hooks did not run. "
-                "Causes: attach() came after the first call of the compiled model (attach before); the output of a "
-                "Linear on more than two dimensions is changed in place in a compiled model (use inplace=False); the "
-                "module was in eval mode; its weight was used without calling it; or torch.autograd.grad computed the "
-                f"gradients (use backward). Or leave them out: attach(model, skip=[{unseen[0]!r}])."
+                "Causes: attach() came after the first call of the compiled model (attach before); the module was in "
+                "eval mode; its weight was used without calling it; or torch.autograd.grad computed the gradients (use "
+                f"backward). Or leave them out: attach(model, skip=[{unseen[0]!r}])."
             )
         self._seen.add(signature)
         return source.refresh(states, None if self.loss_scale is None else self.loss_scale())

@@ -32,12 +32,14 @@ def sgd_step(
         for p in params:
             p.mul_(1 - lr * decay)
         decay = 0.0
+    buffers = [momentum_buffer(p, state) if group["momentum"] else None for p in params]
+    fused = _can_be_fused(params, grads)
     sgd(
         list(params),
         list(grads),
-        [momentum_buffer(p, state) if group["momentum"] else None for p in params],
-        fused=_has_fused(params) or None,
-        foreach=None if _has_fused(params) else False,
+        list(buffers),
+        fused=fused,
+        foreach=None if fused else False,
         weight_decay=decay,
         momentum=group["momentum"],
         lr=lr,
@@ -62,15 +64,20 @@ def adamw_step(params: Sequence[nn.Parameter], state: State, group: dict[str, An
         if "step" not in state[p]:
             state[p]["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
             state[p]["exp_avg"], state[p]["exp_avg_sq"] = new_buffer(p), new_buffer(p)
+        else:
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[p][name] = _in_order_of(p, state[p][name])
+    grads = [p.grad for p in params if p.grad is not None]
+    fused = _can_be_fused(params, grads)
     adamw(
         list(params),
-        [p.grad for p in params if p.grad is not None],
+        grads,
         [state[p]["exp_avg"] for p in params],
         [state[p]["exp_avg_sq"] for p in params],
         [],
         [state[p]["step"] for p in params],
-        fused=_has_fused(params) or None,
-        foreach=None if _has_fused(params) else False,
+        fused=fused,
+        foreach=None if fused else False,
         amsgrad=False,
         beta1=group["betas"][0],
         beta2=group["betas"][1],
@@ -86,10 +93,19 @@ def momentum_buffer(p: nn.Parameter, state: State) -> Tensor:
     buffer: Tensor | None = state[p].get("momentum_buffer")
     if buffer is None:
         buffer = state[p]["momentum_buffer"] = new_buffer(p)
-    elif buffer.stride() != p.stride():  # the model has become channels-last, or the state was saved before it did
-        buffer = state[p]["momentum_buffer"] = new_buffer(p).copy_(buffer)
+    elif buffer.stride() != p.stride():
+        buffer = state[p]["momentum_buffer"] = _in_order_of(p, buffer)
     return buffer
 
 
-def _has_fused(params: Sequence[Tensor]) -> bool:
-    return all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in params)
+def _in_order_of(p: nn.Parameter, buffer: Tensor) -> Tensor:
+    """The buffer in the memory order of the parameter: a model may have become channels-last since it was made."""
+    return buffer if buffer.stride() == p.stride() else new_buffer(p).copy_(buffer)
+
+
+def _can_be_fused(params: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
+    # torch's fused kernels read a gradient in the memory order of its parameter, whatever its own is (torch 2.13).
+    return all(
+        p.device.type in ("cpu", "cuda") and p.is_floating_point() and p.stride() == grad.stride()
+        for p, grad in zip(params, grads, strict=True)
+    )

@@ -91,7 +91,7 @@ def shampoo(net: nn.Module, p: Params) -> list[Optimizer]:
         ScalableShampoo(
             net.parameters(),
             p["lr"],
-            betas=(p["beta1"], 0.999),
+            betas=(p["beta1"], p["beta2"]),
             start_preconditioning_step=10,
             preconditioning_compute_steps=10,
             graft_type=3,  # RMSProp's step size
@@ -135,7 +135,7 @@ def control(*, head: bool, clip: bool, rest: str) -> Build:
 
 ALL = {"kv_samples": None, "g_scale": "expectation"}
 EVA_F = {"variant": "eva_f", **ALL, "fallback": "adamw"}
-MOMENTUM = Knob((0.9,), choices=(0.6, 0.7, 0.8, 0.9, 0.95, 0.98))
+MOMENTUM = Knob((0.9,), choices=(0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98))
 DAMPING, CLIP, CONTROL_CLIP, REST = Knob((0.03,)), Knob((1e-3, 0.1)), Knob((0.03, 3.0)), Knob(per_decade=6)
 FALLBACK = replace(REST, unused=("autoencoder",))  # which has layers only
 ONE_RULE = "every layer is hidden: the same as the method without AdamW"
@@ -156,8 +156,8 @@ _TABLE = (
         adamw,
         lrs(0.005, 0.01, 0.02),
         {
-            "beta1": Knob((0.9,), choices=(0.6, 0.7, 0.8, 0.9, 0.95)),
-            "beta2": Knob((0.999,), choices=(0.9, 0.95, 0.99, 0.999)),
+            "beta1": Knob((0.9,), choices=(0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)),
+            "beta2": Knob((0.999,), choices=(0.9, 0.95, 0.99, 0.999, 0.9999)),
         },
     ),
     Method(
@@ -165,7 +165,7 @@ _TABLE = (
         "`torch.optim.Muon` for hidden matrices, AdamW for the rest; both learning rates and momentum tuned",
         muon,
         lrs(0.02, 0.02, 0.02),
-        {"rest_lr": REST, "momentum": Knob((0.95,), choices=(0.6, 0.7, 0.8, 0.9, 0.95, 0.98))},
+        {"rest_lr": REST, "momentum": Knob((0.95,), choices=(0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98))},
         NO_CONV,
     ),
     Method(
@@ -173,15 +173,18 @@ _TABLE = (
         "`pytorch_optimizer.SOAP`, eigenbasis every 10 steps; lr and beta tuned",
         soap,
         lrs(0.005, 0.01, 0.01),
-        {"beta": Knob((0.95,), choices=(0.6, 0.7, 0.8, 0.9, 0.95, 0.98))},
+        {"beta": Knob((0.95,), choices=(0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98))},
         period=10,
     ),
     Method(
         "Shampoo",
-        "`pytorch_optimizer.ScalableShampoo`, RMSProp grafting, roots every 10 steps; lr and beta1 tuned",
+        "`pytorch_optimizer.ScalableShampoo`, RMSProp grafting, roots every 10 steps; lr and both betas tuned",
         shampoo,
-        lrs(0.005, 0.01, 0.01),
-        {"beta1": Knob((0.9,), choices=(0.6, 0.7, 0.8, 0.9, 0.95))},
+        lrs(0.0005, 0.0005, 0.0005),
+        {
+            "beta1": Knob((0.9,), choices=(0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)),
+            "beta2": Knob((0.99,), choices=(0.9, 0.95, 0.99, 0.999)),
+        },
         period=10,
     ),
     Method(

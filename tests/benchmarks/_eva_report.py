@@ -118,6 +118,12 @@ def markdown(rows: list[dict[str, Any]], steps: dict[str, int], command: str) ->
         lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
         lines += [f"| {' | '.join(_cells(row, with_accuracy))} |" for row in of_task]
         absent = [f"{method.name}: {method.missing[task]}." for method in METHODS.values() if task in method.missing]
+        present = {row["method"] for row in of_task}
+        absent += [
+            f"{m.name}: not chosen or not finished."
+            for m in METHODS.values()
+            if m.name not in present and task not in m.missing
+        ]
         lines += ["", *(["Not run: " + " ".join(absent), ""] if absent else [])]
     lines += ["## Methods", ""]
     lines += [f"- **{name}**: {METHODS[name].about}." for name in dict.fromkeys(row["method"] for row in rows)]

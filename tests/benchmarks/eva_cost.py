@@ -22,10 +22,10 @@ import torch
 import torch.nn.functional as F
 from rich.progress import track
 from torch import Tensor, nn
-from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import SGD, AdamW, Muon, Optimizer
 
 from lightning_efficient.models import LLAMA_PRESETS, AutoEncoder, Llama, LlamaConfig, ResNetClassifier
-from lightning_efficient.optimizers import Eva
+from lightning_efficient.optimizers import Eva, EvaP
 from tests.benchmarks.machine import describe_machine
 
 OUT = Path(__file__).parents[2] / "docs" / "benchmarks" / "eva_cost_2core_cpu_202611"
@@ -53,6 +53,25 @@ class Cost:
     step_s: float
     whole_s: float
     state: float
+
+
+class Both(Optimizer):
+    """Two optimizers that step together."""
+
+    def __init__(self, *parts: Optimizer) -> None:
+        self.parts = parts
+
+    def step(self, closure: Any = None) -> None:
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for part in self.parts:
+            part.zero_grad(set_to_none)
+
+    @property
+    def state(self) -> dict[Any, Any]:  # type: ignore[override]
+        return {p: state for part in self.parts for p, state in part.state.items()}
 
 
 def llama() -> Task:
@@ -88,6 +107,11 @@ def methods() -> dict[str, MakeOptimizer]:
     def eva(variant: str, backend: str, **kwargs: Any) -> MakeOptimizer:
         return lambda net: Eva(net.parameters(), **common, variant=variant, backend=backend, **kwargs).attach(net)
 
+    def muon(net: nn.Module) -> Optimizer:
+        hidden = [m.weight for m in net.modules() if isinstance(m, nn.Linear)]
+        rest = [p for p in net.parameters() if all(p is not each for each in hidden)]
+        return Both(Muon(hidden, **common), AdamW(rest, **common, fused=True))
+
     working = {"kv_samples": None, "g_scale": "expectation", "rescale": "clip"}
     return {
         BASE: lambda net: SGD(net.parameters(), **common, momentum=0.9, foreach=True),
@@ -101,6 +125,10 @@ def methods() -> dict[str, MakeOptimizer]:
         "Eva-s, eager": eva("eva_s", "eager"),
         "Eva all samples, compiled": eva("eva", "compiled", **working),
         "Eva-f, compiled": eva("eva_f", "compiled", **working),
+        "EvaP rank 1, eager": lambda net: EvaP(net.parameters(), **common).attach(net),
+        "EvaP rank 1, compiled": lambda net: EvaP(net.parameters(), **common, backend="compiled").attach(net),
+        "EvaP rank 4, eager": lambda net: EvaP(net.parameters(), **common, rank=4).attach(net),
+        "Muon and AdamW": muon,
     }
 
 
@@ -145,7 +173,8 @@ def report(costs: list[Cost], command: str) -> str:
         "# What a step of Eva costs",
         "",
         "Medians of CPU time on one thread; all methods of a table take turns, step by step, in one process. Ratios "
-        f"are to {BASE} of the same table; all have momentum 0.9 and weight decay 5e-4. *State*: entries kept between steps, over the parameters.",
+        f"are to {BASE} of the same table; all have weight decay 5e-4, SGD and Eva momentum 0.9. *State*: entries kept "
+        "between steps, over the parameters.",
         "",
         f"Command: `{command}`",
         "",
@@ -182,7 +211,12 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     chosen = {n: make for n, make in methods().items() if args.methods is None or n in (BASE, *args.methods)}
-    costs = [cost for name in args.models for cost in measure(TASKS[name](), chosen, 15 if args.quick else args.rounds)]
+    rounds = 15 if args.quick else args.rounds
+    costs = []
+    for name in args.models:
+        # Muon takes matrices only, which leaves nothing of a convolutional net.
+        makers = {n: make for n, make in chosen.items() if not (n.startswith("Muon") and name == "resnet")}
+        costs += measure(TASKS[name](), makers, rounds)
     table = report(costs, f"python -m tests.benchmarks.eva_cost --rounds {args.rounds}")
     print(table)
     if not args.quick:

@@ -105,7 +105,7 @@ class _Zoo(nn.Module):
 
 
 REASONS = {
-    "embedding.weight": "weight of Embedding, which has no Kronecker vectors",
+    "embedding.weight": "shared by embedding.weight and head.weight",
     "attention.in_proj_weight": "in_proj_weight of MultiheadAttention, which has no Kronecker vectors",
     "attention.out_proj.weight": "torch.nn.MultiheadAttention never calls it",
     "norm.weight": "weight of LayerNorm, which has no Kronecker vectors",

@@ -178,7 +178,7 @@ def test_a_layer_with_a_gradient_but_no_vectors_is_named_with_the_causes(late: i
     assert message.startswith("The layers second have gradients but no Kronecker vectors")
     for words in (
         "attach() came after the first call of the compiled model",
-        "changed in place in a compiled model (use inplace=False)",
+        "torch.autograd.grad computed the gradients (use backward)",
         "the module was in eval mode",
         "attach(model, skip=['second'])",
     ):

@@ -158,7 +158,7 @@ def test_vectors_of_another_model_are_refused_also_without_momentum() -> None:
     late = Eva(model.parameters(), momentum=0.0)
     late.load_state_dict(optimizer.state_dict())
     for act in (lambda: late.attach(model), lambda: _eva(model, {}).load_state_dict(optimizer.state_dict())):
-        with pytest.raises(ValueError, match=r"layer '4' has kv_a of 7 entries.*\(4, 5\) needs 5.*of another model"):
+        with pytest.raises(ValueError, match=r"layer '2' has kv_g of 7 entries.*\(5, 9\) needs 5.*of another model"):
             act()
 
 
