@@ -24,9 +24,9 @@ def make_step(backend: Backend, device: torch.device) -> StepFunction:
         ModuleNotFoundError: ``"triton"``, but Triton is not installed.
     """
     if backend == "compiled":
-        from lightning_efficient.eva.compiled import FusablePasses, compile_step
+        from lightning_efficient.eva.compiled import FusablePasses, compile_alone
 
-        return partial(compile_step(), FusablePasses())
+        return partial(compile_alone(rank_one_step), FusablePasses())
     if backend == "triton":
         if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
             warnings.warn(

@@ -5,12 +5,14 @@ Dimension letters: R outputs of all layers; L layers; S segments; O outputs and 
 
 import types
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from lightning_efficient.eva.step import Group, LayerTensors, group_of_layers, rank_one_step, row_sizes
+from lightning_efficient.eva.step import Group, LayerTensors, group_of_layers, row_sizes
+
+T = TypeVar("T")
 
 
 class FusablePasses:
@@ -44,12 +46,13 @@ class FusablePasses:
             weight.copy_(old - group.lr * step)
 
 
-def compile_step() -> Callable[..., Any]:
-    """Return :func:`~lightning_efficient.eva.step.rank_one_step`, compiled by inductor when it is first called.
+def compile_alone(function: Callable[..., T]) -> Callable[..., T]:
+    """Return the function compiled by inductor when it is first called, for one optimizer.
 
+    Dynamo keeps compiled code by code object and gives up after a few: each optimizer gets a code object of its own.
     Settings that a schedule changes must be scalar tensors: a number would be compiled in, and anew for each value.
     """
-    # Dynamo keeps compiled code by code object and gives up after a few: each optimizer gets a code object of its own.
-    own = types.FunctionType(rank_one_step.__code__.replace(), rank_one_step.__globals__, rank_one_step.__name__)
-    own.__kwdefaults__ = rank_one_step.__kwdefaults__
+    assert isinstance(function, types.FunctionType)
+    own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+    own.__kwdefaults__ = function.__kwdefaults__
     return torch.compile(own, fullgraph=True, dynamic=False)

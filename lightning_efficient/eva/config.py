@@ -101,6 +101,22 @@ def check_group(group: dict[str, Any]) -> None:
         raise ValueError(f"weight_decay is {group['weight_decay']}: a negative one makes weights grow. Set 0 or more.")
 
 
+def fallback_ratio(fallback_lr: float | None, lr: float) -> float:
+    """Return the learning rate of the fallback rule over that of the layers, which a schedule keeps.
+
+    Raises:
+        ValueError: there is no such ratio.
+    """
+    if fallback_lr is None:
+        return 1.0
+    if not (lr > 0 and fallback_lr >= 0):
+        raise ValueError(
+            f"fallback_lr is {fallback_lr} with lr {lr}: its ratio to lr is kept under a schedule. Set lr above 0 and "
+            "fallback_lr to 0 or more."
+        )
+    return fallback_lr / lr
+
+
 def check_parameter(p: Tensor) -> None:
     """Refuse parameters that no rule here can update.
 

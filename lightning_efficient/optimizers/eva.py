@@ -18,6 +18,7 @@ from lightning_efficient.eva.config import (
     Backend,
     EvaConfig,
     Fallback,
+    fallback_ratio,
 )
 from lightning_efficient.eva.layers import FoundLayers
 from lightning_efficient.eva.plan import Plan
@@ -25,7 +26,7 @@ from lightning_efficient.eva.precondition import DampingMode, Rescale, Variant
 from lightning_efficient.eva.report import LayerReport, layer_reports
 from lightning_efficient.eva.sources import GradientVectors, LayerVectors, States, bare_layers
 from lightning_efficient.optimizers.fallback import adamw_step, momentum_buffer, sgd_step
-from lightning_efficient.optimizers.layerwise import LayerwiseOptimizer
+from lightning_efficient.optimizers.layerwise import LayerwiseOptimizer, evaluate
 
 
 @dataclass(frozen=True)
@@ -163,11 +164,6 @@ class Eva(LayerwiseOptimizer):
             fallback=fallback,
             backend=backend,
         )
-        if fallback_lr is not None and not (lr > 0 and fallback_lr >= 0):
-            raise ValueError(
-                f"fallback_lr is {fallback_lr} with lr {lr}: its ratio to lr is kept under a schedule. Set lr above 0 "
-                "and fallback_lr to 0 or more."
-            )
         self.process_group = process_group
         self.loss_scale: Callable[[], Tensor | float | None] | None = None
         self.nu: Tensor | None = None
@@ -182,7 +178,7 @@ class Eva(LayerwiseOptimizer):
             "weight_decay": weight_decay,
             "decoupled_weight_decay": decoupled_weight_decay,
             "fallback": False,
-            "fallback_ratio": 1.0 if fallback_lr is None else fallback_lr / lr,
+            "fallback_ratio": fallback_ratio(fallback_lr, lr),
             "betas": tuple(betas),
             "eps": eps,
             "steps": 0,
@@ -251,10 +247,7 @@ class Eva(LayerwiseOptimizer):
             TypeError: a gradient is sparse.
         """
         source = self._get_source()
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluate(closure)
         if source is not None:
             with torch.autocast(source.device.type, enabled=False):
                 self._precondition(source)

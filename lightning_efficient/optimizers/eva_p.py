@@ -1,6 +1,5 @@
 """`EvaP`: curvature along the leading direction of the momentum, around :mod:`lightning_efficient.eva.leading`."""
 
-import types
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, get_args
 
@@ -8,6 +7,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_efficient.eva.compiled import compile_alone
+from lightning_efficient.eva.config import fallback_ratio
 from lightning_efficient.eva.layers import FoundLayers, Layer
 from lightning_efficient.eva.layout import send
 from lightning_efficient.eva.leading import leading_step, start_directions
@@ -15,7 +16,7 @@ from lightning_efficient.eva.matrices import as_matrices, is_channels_last, rows
 from lightning_efficient.eva.report import LayerReport
 from lightning_efficient.eva.sources import wide_dtype
 from lightning_efficient.optimizers.fallback import adamw_step, momentum_buffer
-from lightning_efficient.optimizers.layerwise import LayerwiseOptimizer
+from lightning_efficient.optimizers.layerwise import LayerwiseOptimizer, evaluate
 
 PowerBackend = Literal["eager", "compiled"]
 
@@ -82,11 +83,6 @@ class EvaP(LayerwiseOptimizer):
             raise ValueError(f"rank is {rank}: it counts directions. Set 1 or more, or 0 to normalise rows only.")
         if backend not in get_args(PowerBackend):
             raise ValueError(f"backend is {backend!r}: there is no such backend. Use one of eager, compiled.")
-        if fallback_lr is not None and not (lr > 0 and fallback_lr >= 0):
-            raise ValueError(
-                f"fallback_lr is {fallback_lr} with lr {lr}: its ratio to lr is kept under a schedule. Set lr above 0 "
-                "and fallback_lr to 0 or more."
-            )
         self.rank = rank
         self.backend = backend
         self._rho: list[Tensor] = []
@@ -97,7 +93,7 @@ class EvaP(LayerwiseOptimizer):
             "damping": damping,
             "weight_decay": weight_decay,
             "fallback": False,
-            "fallback_ratio": 1.0 if fallback_lr is None else fallback_lr / lr,
+            "fallback_ratio": fallback_ratio(fallback_lr, lr),
             "betas": tuple(betas),
             "eps": eps,
         }
@@ -109,7 +105,7 @@ class EvaP(LayerwiseOptimizer):
         for layer in layers:
             self._check_directions(layer)
         self._layers = layers
-        self._function = _step_of_all if self.backend == "eager" else _compiled()
+        self._function = _step_of_all if self.backend == "eager" else compile_alone(_step_of_all)
 
     @override
     def _unwatch(self) -> None:
@@ -137,10 +133,7 @@ class EvaP(LayerwiseOptimizer):
                 "EvaP needs to know the layers: call optimizer.attach(model) or add AttachOptimizer to "
                 "Trainer(callbacks=...)."
             )
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluate(closure)
         self._check_dense()
         active = [layer for layer in self._layers if layer.weight.grad is not None]
         if active:
@@ -230,9 +223,3 @@ def _step_of_all(
         for (weight, buffer, grad), q_RD, (lr, momentum, damping) in zip(tensors, directions, settings, strict=True)
     ]
     return [each.q_RD for each in after] + [each.rho for each in after]
-
-
-def _compiled() -> Callable[..., list[Tensor]]:
-    # As in lightning_efficient.eva.compiled: a code object of its own for each optimizer.
-    own = types.FunctionType(_step_of_all.__code__.replace(), _step_of_all.__globals__, _step_of_all.__name__)
-    return torch.compile(own, dynamic=False)

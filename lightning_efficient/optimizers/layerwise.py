@@ -1,9 +1,10 @@
 """What the optimizers here share: they know the layers that own their parameters."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import Self, override
@@ -159,3 +160,11 @@ class LayerwiseOptimizer(Optimizer):
                         "its fallback rule are dense. Make the embedding with sparse=False, or give it an optimizer of "
                         "its own."
                     )
+
+
+def evaluate(closure: Callable[[], Any] | None) -> Any:
+    """Return the loss that ``closure`` computes with gradients, None without one."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from torch import nn
 from torch.optim import SGD, AdamW, Muon, Optimizer
 
-from lightning_efficient.optimizers import Eva
+from lightning_efficient.optimizers import Eva, EvaP
 from tests.benchmarks._eva_baselines import FOOF, ScaledSGD, hidden_layers, split_parameters
 
 Params = dict[str, float]
@@ -116,6 +116,17 @@ def eva(*, skip_head: bool = False, **fixed: object) -> Build:
     return build
 
 
+def eva_p(*, rank: int) -> Build:
+    """Return a builder of EvaP; its head, where there is one, is on AdamW."""
+
+    def build(net: nn.Module, p: Params) -> list[Optimizer]:
+        optimizer = EvaP(net.parameters(), p["lr"], rank=rank, momentum=p["momentum"], fallback_lr=p["rest_lr"])
+        has_head = any(name.endswith("lm_head") for name, _ in net.named_modules())
+        return [optimizer.attach(net, skip=["*lm_head"] if has_head else [])]
+
+    return build
+
+
 def control(*, head: bool, clip: bool, rest: str) -> Build:
     """Return a builder of :class:`ScaledSGD` for the layers and SGD or AdamW for the rest."""
 
@@ -136,6 +147,7 @@ def control(*, head: bool, clip: bool, rest: str) -> Build:
 ALL = {"kv_samples": None, "g_scale": "expectation"}
 EVA_F = {"variant": "eva_f", **ALL, "fallback": "adamw"}
 MOMENTUM = Knob((0.9,), choices=(0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98))
+POWER_MOMENTUM = replace(MOMENTUM, start=(0.8,))
 DAMPING, CLIP, CONTROL_CLIP, REST = Knob((0.03,)), Knob((1e-3, 0.1)), Knob((0.03, 3.0)), Knob(per_decade=6)
 FALLBACK = replace(REST, unused=("autoencoder",))  # which has layers only
 ONE_RULE = "every layer is hidden: the same as the method without AdamW"
@@ -277,6 +289,27 @@ _TABLE = (
         lrs(0.03, 0.03, 0.03),
         {"rest_lr": FALLBACK, "momentum": MOMENTUM},
         NO_HYBRID,
+    ),
+    Method(
+        "EvaP, rank 1",
+        "`EvaP(rank=1)`, head and all but layers on AdamW; both learning rates and momentum tuned",
+        eva_p(rank=1),
+        lrs(0.02, 0.02, 0.02),
+        {"rest_lr": REST, "momentum": POWER_MOMENTUM},
+    ),
+    Method(
+        "EvaP, rank 4",
+        "`EvaP(rank=4)`; the same settings tuned",
+        eva_p(rank=4),
+        lrs(0.02, 0.02, 0.02),
+        {"rest_lr": REST, "momentum": POWER_MOMENTUM},
+    ),
+    Method(
+        "control: EvaP, rank 0",
+        "`EvaP(rank=0)`: rows brought to equal length, no leading direction taken away; the same settings tuned",
+        eva_p(rank=0),
+        lrs(0.01, 0.01, 0.01),
+        {"rest_lr": REST, "momentum": POWER_MOMENTUM},
     ),
 )
 

@@ -14,7 +14,6 @@ import datetime
 import json
 import statistics
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +29,7 @@ from torch.profiler import ProfilerActivity, profile
 from lightning_efficient.compression import ACPSGD, PowerSGD, register_compressor
 from tests.benchmarks.machine import describe_machine
 from tests.benchmarks.published_models import PUBLISHED
+from tests.benchmarks.timing import timed
 
 OUT = Path(__file__).parents[2] / "docs" / "benchmarks"
 SYNCHRONISATIONS = ("cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaEventSynchronize")
@@ -78,20 +78,6 @@ def methods(rank: int, device: torch.device) -> dict[str, Callable[[DistributedD
     if device.type == "cuda":
         table["torch powerSGD_hook"] = torch_power(rank)
     return table
-
-
-def timed(step: Callable[[], None], device: torch.device) -> float:
-    """Milliseconds of one step, the device included."""
-    if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        step()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
-    begun = time.perf_counter()
-    step()
-    return 1e3 * (time.perf_counter() - begun)
 
 
 def measure(model: str, rank: int, device: torch.device, steps: int) -> list[dict[str, Any]]:

@@ -12,7 +12,6 @@ import copy
 import datetime
 import json
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from lightning_efficient.eva.step import EagerPasses, Group
 from lightning_efficient.models import LLAMA_PRESETS, Llama, LlamaConfig, ResNetClassifier
 from lightning_efficient.optimizers import Eva
 from tests.benchmarks.machine import describe_machine
+from tests.benchmarks.timing import timed
 
 OUT = Path(__file__).parents[2] / "docs" / "benchmarks"
 DECAY = 5e-4
@@ -66,20 +66,6 @@ def fill(net: nn.Module) -> None:
     """Run every layer once, forward and backward, so that it has a gradient and vectors."""
     for layer in net:  # type: ignore[attr-defined]
         layer(torch.randn(8, layer.in_features, device=layer.weight.device)).square().mean().backward()
-
-
-def timed(step: Callable[[], Any], device: torch.device) -> float:
-    """Milliseconds of one step, the device included."""
-    if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        step()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
-    begun = time.perf_counter()
-    step()
-    return 1e3 * (time.perf_counter() - begun)
 
 
 def medians(steps: dict[str, Callable[[], Any]], device: torch.device, rounds: int, title: str) -> dict[str, float]:
