@@ -14,6 +14,7 @@ from typing_extensions import override
 from lightning_efficient import _compat
 from lightning_efficient.eva import LayerReport
 from lightning_efficient.optimizers import Eva, EvaP
+from lightning_efficient.optimizers.eva import EvaStats
 
 _CANCELLED = 1e-4
 """A layer's output gradient counts as cancelled below this share of the largest of the model."""
@@ -210,15 +211,21 @@ class AttachOptimizer(Callback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        for optimizer in self._attached:
-            if isinstance(optimizer, Eva) and optimizer.stats.counted_steps:
-                stats = optimizer.stats
-                shares = [report.rho for report in optimizer.kv_report().values() if report.rho is not None]
-                rank_zero_info(
-                    f"Eva: {stats.counted_steps} steps preconditioned {len(shares)} layers, {stats.kv_updates} vector "
-                    f"updates ({stats.skipped_kv} dropped), median rho {statistics.median(shares or [0.0]):.2g}, "
+        for optimizer in self._watched():
+            stats = optimizer.stats
+            if not stats.counted_steps:
+                continue
+            shares = [report.rho for report in optimizer.kv_report().values() if report.rho is not None]
+            said = (
+                f"{type(optimizer).__name__}: {stats.counted_steps} steps preconditioned {len(shares)} layers, median "
+                f"rho {statistics.median(shares or [0.0]):.2g}"
+            )
+            if isinstance(stats, EvaStats):
+                said += (
+                    f", {stats.kv_updates} vector updates ({stats.skipped_kv} dropped), "
                     f"{stats.clipped / stats.counted_steps:.0%} of the steps clipped"
                 )
+            rank_zero_info(said)
 
 
 def _bare(optimizer: Any) -> torch.optim.Optimizer:

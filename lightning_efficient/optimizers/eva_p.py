@@ -1,6 +1,7 @@
 """`EvaP`: curvature along the leading direction of the momentum, around :mod:`lightning_efficient.eva.leading`."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -19,6 +20,19 @@ from lightning_efficient.optimizers.fallback import adamw_step, momentum_buffer
 from lightning_efficient.optimizers.layerwise import LayerwiseOptimizer, evaluate
 
 PowerBackend = Literal["eager", "compiled"]
+
+
+@dataclass(frozen=True)
+class EvaPStats:
+    """What an :class:`EvaP` has done.
+
+    Attributes:
+        counted_steps: steps that preconditioned layers, since the optimizer was made.
+        layers: that it preconditioned in the last of them.
+    """
+
+    counted_steps: int = 0
+    layers: int = 0
 
 
 class EvaP(LayerwiseOptimizer):
@@ -50,6 +64,9 @@ class EvaP(LayerwiseOptimizer):
         eps: of AdamW.
         backend: ``"eager"``, or ``"compiled"`` (inductor).
 
+    Attributes:
+        stats: what it has done.
+
     Raises:
         ValueError: a value is out of range or unknown.
         TypeError: a parameter is complex, or ``lr`` is a tensor.
@@ -61,8 +78,9 @@ class EvaP(LayerwiseOptimizer):
     """
 
     _wide_keys = ("leading",)
-    _settings = ("rank", "backend")
+    _settings = ("rank", "backend", "stats")
     _layers: list[Layer]
+    _rho: list[Tensor]
     _function: Callable[..., list[Tensor]] | None
 
     def __init__(
@@ -85,7 +103,7 @@ class EvaP(LayerwiseOptimizer):
             raise ValueError(f"backend is {backend!r}: there is no such backend. Use one of eager, compiled.")
         self.rank = rank
         self.backend = backend
-        self._rho: list[Tensor] = []
+        self.stats = EvaPStats()
         self._unwatch()
         defaults = {
             "lr": lr,
@@ -168,6 +186,7 @@ class EvaP(LayerwiseOptimizer):
             order = is_channels_last(layer.weight)
             self.state[layer.weight]["leading"] = rows_in_weight_order(q_RD, layer.weight, channels_last=order)
         self._rho = after[len(layers) :]
+        self.stats = EvaPStats(self.stats.counted_steps + 1, len(layers))
 
     def _directions(self, layer: Layer) -> Tensor:
         state = self.state[layer.weight]

@@ -69,6 +69,12 @@ def adamw(net: nn.Module, p: Params) -> list[Optimizer]:
     return [AdamW(net.parameters(), p["lr"], betas=(p["beta1"], p["beta2"]), weight_decay=0, fused=True)]
 
 
+def two_adamw(net: nn.Module, p: Params) -> list[Optimizer]:
+    inside, outside = split_parameters(net, hidden_layers(net, head=False))
+    groups = [{"params": inside, "lr": p["lr"]}, {"params": outside, "lr": p["rest_lr"]}]
+    return [AdamW(groups, betas=(p["beta1"], 0.999), weight_decay=0, fused=True)]
+
+
 def muon(net: nn.Module, p: Params) -> list[Optimizer]:
     matrices = [layer.weight for layer in hidden_layers(net, head=False)]
     rest = [q for q in net.parameters() if not any(q is w for w in matrices)]
@@ -171,6 +177,15 @@ _TABLE = (
             "beta1": Knob((0.9,), choices=(0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)),
             "beta2": Knob((0.999,), choices=(0.9, 0.95, 0.99, 0.999, 0.9999)),
         },
+    ),
+    Method(
+        "AdamW, two learning rates",
+        "AdamW with a learning rate of its own for all but the hidden layers, as Muon and EvaP have it; both learning "
+        "rates and beta1 tuned",
+        two_adamw,
+        lrs(0.005, 0.005, 0.02),
+        {"rest_lr": REST, "beta1": Knob((0.8,), choices=(0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95))},
+        NO_HYBRID,
     ),
     Method(
         "Muon + AdamW",

@@ -248,11 +248,7 @@ ROWS: dict[str, Row] = {
             "model": {"optimizer": {"class_path": "lightning_efficient.optimizers.EvaP", "init_args": EVA_P}},
         },
         plugin=lambda _, module: module.configure_optimizers(),
-        activity=lambda trainer: sum(
-            "leading" in state
-            for each in trainer.optimizers
-            for state in each.state.values()  # type: ignore[attr-defined]
-        ),
+        activity=lambda trainer: sum(each.stats.counted_steps for each in trainer.optimizers),  # type: ignore[attr-defined]
         oracles={
             "written out": Oracle(
                 trainer=attaching, optimizer=lambda params: EvaP(params, **EVA_P), reference=eva_p(**EVA_P)

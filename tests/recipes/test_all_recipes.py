@@ -10,7 +10,7 @@ import yaml
 
 from lightning_efficient.cli import EfficientCLI, main
 from lightning_efficient.cli.recipes import Recipe, shipped_recipes
-from lightning_efficient.optimizers import Eva
+from lightning_efficient.optimizers import Eva, EvaP
 from tests.support.ranks import run_ranks
 
 RECIPES = shipped_recipes()
@@ -18,7 +18,7 @@ COMPRESSED = {"quickstart", *(f"{name}/digits" for name in ("acp_sgd", "power_sg
     "acp_sgd/char_llama",
     "acp_sgd/multi_node",
 }
-EVA = {"eva/published_digits_ae", "eva/eva_f_char_llama", "eva/eva_f_resnet_digits"}
+EVA = {"eva/published_digits_ae", "eva/eva_f_char_llama", "eva/eva_f_resnet_digits", "eva/eva_p_char_llama"}
 
 # Enough to build, train twice, validate once, and leave nothing behind.
 TWO_STEPS = [
@@ -58,6 +58,7 @@ CASES = {
         ]
     ),
     "eva/eva_f_char_llama": Case(changes=SHORT_TEXT),
+    "eva/eva_p_char_llama": Case(changes=SHORT_TEXT),
     "hf/causal_lm": Case(changes=SHORT_TEXT),
     "llama/pretrain": Case(changes=SHORT_TEXT),
     "models/llama_160m": Case(base=("llama/pretrain",), changes=[*SMALL_LLAMA, *SHORT_TEXT]),
@@ -110,7 +111,7 @@ def fit_two_steps(rank: int, world_size: int, arguments: list[str]) -> dict[str,
     shown = {"steps": float(trainer.global_step), "val_loss": float(trainer.callback_metrics["val_loss"])}
     if (compressor := getattr(trainer.strategy, "compressor", None)) is not None:
         shown |= {"reductions": compressor.stats.steps, "bytes_sent": compressor.stats.bytes_sent}
-    if isinstance(optimizer := trainer.optimizers[0], Eva):
+    if isinstance(optimizer := trainer.optimizers[0], (Eva, EvaP)):
         shown |= {"preconditioned_steps": optimizer.stats.counted_steps}
     return shown
 
