@@ -36,7 +36,7 @@ class EvaPStats:
 
 
 class EvaP(LayerwiseOptimizer):
-    r"""Rank-1 curvature along the leading singular direction of the momentum, found by one power step a training step.
+    r"""Low-rank curvature along the leading directions of the momentum, found by one power step in each training step.
 
     For the weights of ``Linear`` and convolution layers: momentum, rows brought to equal length, the ``rank`` leading
     directions brought down to the size of the others, an update of fixed root mean square. All other parameters follow
@@ -55,7 +55,8 @@ class EvaP(LayerwiseOptimizer):
         params: parameters or groups. A group may set ``lr``, ``momentum``, ``damping``, ``weight_decay``, ``betas``,
             ``eps``, and ``fallback: True``, which sends all of it to AdamW.
         lr: learning rate, of AdamW's size: an update has a root mean square of 0.2 of it.
-        rank: leading directions; 0 only normalises rows. Layers with no more rows or columns than that are treated so.
+        rank: leading directions, each of them a vector of inputs; 1 is the cheapest, 0 only normalises rows. So it is
+            for layers with no more rows or columns than directions.
         momentum: :math:`\mu`, of a Nesterov average.
         damping: least share of a leading direction that is left.
         weight_decay: decoupled, for all parameters.
@@ -88,7 +89,7 @@ class EvaP(LayerwiseOptimizer):
         params: Iterable[Any],
         lr: float = 0.01,
         *,
-        rank: int = 1,
+        rank: int = 4,
         momentum: float = 0.8,
         damping: float = 1e-3,
         weight_decay: float = 0.0,

@@ -125,8 +125,8 @@ def methods() -> dict[str, MakeOptimizer]:
         "Eva-s, eager": eva("eva_s", "eager"),
         "Eva all samples, compiled": eva("eva", "compiled", **working),
         "Eva-f, compiled": eva("eva_f", "compiled", **working),
-        "EvaP rank 1, eager": lambda net: EvaP(net.parameters(), **common).attach(net),
-        "EvaP rank 1, compiled": lambda net: EvaP(net.parameters(), **common, backend="compiled").attach(net),
+        "EvaP rank 1, eager": lambda net: EvaP(net.parameters(), **common, rank=1).attach(net),
+        "EvaP rank 1, compiled": lambda net: EvaP(net.parameters(), **common, rank=1, backend="compiled").attach(net),
         "EvaP rank 4, eager": lambda net: EvaP(net.parameters(), **common, rank=4).attach(net),
         "Muon and AdamW": muon,
     }

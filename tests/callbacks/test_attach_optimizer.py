@@ -393,7 +393,8 @@ def test_the_closing_line_says_what_was_done() -> None:
         fit(Net(eva()), AttachOptimizer())
 
     (line,) = [line for line in lines if line.startswith("Eva: ")]
-    assert f"{STEPS} steps preconditioned 2 layers, {STEPS} vector updates (0 dropped)" in line
+    assert f"{STEPS} steps preconditioned 2 layers, median rho 0." in line
+    assert f"{STEPS} vector updates (0 dropped)" in line
 
 
 # ---- what it warns about ------------------------------------------------------------------------------------------
