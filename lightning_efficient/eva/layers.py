@@ -43,7 +43,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class FoundLayers:
-    """What :func:`find_layers` has found.
+    """What :func:`~lightning_efficient.eva.find_layers` has found.
 
     Attributes:
         layers: in the module's order.

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from tests.benchmarks._eva_methods import METHODS, Knob, Method, Params
+from tests.benchmarks._eva_builders import Params
+from tests.benchmarks._eva_methods import METHODS, Knob, Method
 from tests.benchmarks._eva_tasks import TASKS, batches
 
 LR_PER_DECADE = 6  # values of the finest ladder of learning rates

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from rich.progress import Progress
 
-from tests.benchmarks._eva_methods import BASELINE, METHODS, Method, Params
+from tests.benchmarks._eva_builders import Params
+from tests.benchmarks._eva_methods import BASELINE, METHODS, Method
 from tests.benchmarks._eva_report import markdown, plot, summarise
 from tests.benchmarks._eva_runs import Cache, Run, knob_neighbours, next_trial, step_times, tune
 from tests.benchmarks._eva_tasks import TASKS
