@@ -133,7 +133,8 @@ def _join(name: str, kind: str) -> str:
 def _check_patterns(skip: Sequence[str], names: Sequence[str]) -> None:
     for pattern in skip:
         if not any(_matches(name, [pattern]) for name in names):
+            some = ", ".join(name for name in names if name)[:60] or "none"
             raise ValueError(
-                f"skip has {pattern!r}: no module has such a name, so it would skip nothing. The names begin with "
-                f"{', '.join(name for name in names[1:4])}; correct the pattern or remove it."
+                f"skip has {pattern!r}: no module has such a name, so it would skip nothing. The names here are {some} "
+                "...; correct the pattern or remove it."
             )
