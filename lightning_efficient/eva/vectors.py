@@ -46,9 +46,10 @@ def input_sum(module: nn.Module, x: Tensor, *, samples: int | None, dtype: torch
     if isinstance(module, nn.Linear):
         return _rows(x, samples).sum(0, dtype=dtype).unsqueeze(0)
     assert isinstance(module, nn.modules.conv._ConvNd)
-    image = _sum_samples(x[:samples] if _is_batched(module, x) else x.unsqueeze(0), dtype)
-    spatial = len(module.kernel_size)
-    axes = [conv_axis(module, axis, size) for axis, size in enumerate(image.shape[-spatial:])]
+    if not _is_batched(module, x):
+        x = x.unsqueeze(0)
+    image = _sum_samples(x if samples is None else x[:samples], dtype)
+    axes = [conv_axis(module, axis, size) for axis, size in enumerate(image.shape[1:])]
     return _sum_patches(image, axes, taps).reshape(module.groups, -1)
 
 
@@ -109,7 +110,9 @@ def count_rows(module: nn.Module, output: Tensor, *, samples: int | None) -> tup
 
 
 def _rows(x: Tensor, samples: int | None) -> Tensor:
-    return x.unsqueeze(0) if x.ndim == 1 else x[:samples].flatten(0, -2)
+    if x.ndim == 1:
+        return x.unsqueeze(0)
+    return (x if samples is None else x[:samples]).flatten(0, -2)
 
 
 def _is_batched(module: nn.Module, x: Tensor) -> bool:

@@ -165,7 +165,7 @@ def plot(rows: list[dict[str, Any]], folder: Path, methods: list[str] | None = N
                     continue
                 dashed = row["method"].startswith("control")
                 style = "--" if dashed else "-"
-                width = 2.0 if row["method"].startswith("Eva-f") else 1.1
+                width = 2.0 if row["method"].startswith(("Eva-f", "EvaP")) else 1.1
                 color = plt.get_cmap("tab20")(i % 20)
                 axes.plot(*zip(*row["curve"], strict=True), style, lw=width, color=color, label=row["method"])
             axes.set(xlabel="step", ylabel="training loss, mean over seeds", yscale="log", title=task)

@@ -115,7 +115,7 @@ def test_a_module_without_any_of_the_weights_is_refused_with_counts() -> None:
 
 def test_a_pattern_that_skips_nothing_is_refused() -> None:
     model = MLP.net()
-    with pytest.raises(ValueError, match=r"skip has 'lm_head': no module has such a name.*begin with 0, 1, 2"):
+    with pytest.raises(ValueError, match=r"skip has 'lm_head': no module has such a name.*names here are 0, 1, 2"):
         Eva(model.parameters()).attach(model, skip=["lm_head"])
     with pytest.raises(TypeError, match=r"skip is the string '4': .*Write \['4'\]"):
         Eva(model.parameters()).attach(model, skip="4")
