@@ -58,6 +58,9 @@ class AttachOptimizer(Callback):
 
     In the CLI, ``fit`` adds the callback by itself.
 
+    Attributes:
+        stats: the last entry, by name.
+
     Args:
         skip: shell patterns of names of modules to leave to the optimizer's fallback rule, such as ``"*lm_head"``.
         log_every_n_steps: optimizer steps between entries.
@@ -92,7 +95,7 @@ class AttachOptimizer(Callback):
         self._attached: list[Attachable] = []
         self._scaled: list[Eva] = []
         self._due = 0
-        self._inert_entries = 0
+        self._inert_entries: dict[int, int] = {}
         self._warned: set[str] = set()
         self._counted: dict[int, tuple[int, int]] = {}
 
@@ -100,7 +103,7 @@ class AttachOptimizer(Callback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._inert_entries, self._counted, self._warned = 0, {}, set()
+        self._inert_entries, self._counted, self._warned, self.stats = {}, {}, set(), {}
         found = [each for each in map(_bare, trainer.optimizers) if isinstance(each, Attachable)]
         if not found and self.required:
             rank_zero_warn(
@@ -111,6 +114,11 @@ class AttachOptimizer(Callback):
         for optimizer in found:
             if not getattr(optimizer, "attached", False):
                 optimizer.attach(pl_module, skip=self.skip)
+            elif self.skip:
+                rank_zero_warn(
+                    f"AttachOptimizer(skip={self.skip!r}) has no effect: the optimizer was attached before, in "
+                    "configure_optimizers perhaps. Give skip to that attach, or leave it to the callback."
+                )
             self._attached.append(optimizer)
             if scaler is not None and isinstance(optimizer, Eva) and optimizer.loss_scale is None:
                 optimizer.loss_scale = lambda: _compat.loss_scale(scaler)
@@ -164,11 +172,12 @@ class AttachOptimizer(Callback):
         metrics = {"rho": statistics.median(shares), "rho_max": max(shares)}
         if isinstance(optimizer, Eva):
             metrics |= self._steps_of(optimizer, index)
-            self._warn_if_inert(metrics["rho"])
+            self._warn_if_inert(metrics["rho"], index)
             self._warn_of_cancelled(module, optimizer, reports)
-        self.stats = {f"eva{index or ''}/{name}": value for name, value in metrics.items()}
+        named = {f"eva{index or ''}/{name}": value for name, value in metrics.items()}
+        self.stats.update(named)
         for logger in trainer.loggers:
-            logger.log_metrics(self.stats, step=trainer.global_step)
+            logger.log_metrics(named, step=trainer.global_step)
 
     def _steps_of(self, optimizer: Eva, index: int) -> dict[str, float]:
         """What its steps since the last entry were like."""
@@ -180,11 +189,11 @@ class AttachOptimizer(Callback):
             "skipped_kv": float(stats.skipped_kv),
         }
 
-    def _warn_if_inert(self, rho: float) -> None:
-        self._inert_entries = self._inert_entries + 1 if rho < self.warn_inert_below else 0
-        if self._inert_entries == 2:
+    def _warn_if_inert(self, rho: float, index: int) -> None:
+        self._inert_entries[index] = self._inert_entries.get(index, 0) + 1 if rho < self.warn_inert_below else 0
+        if self._inert_entries[index] == 2:
             self._warn(
-                "inert",
+                f"inert{index}",
                 f"Eva's curvature term is numerically inert: the median of eva/rho is {rho:.1e}, so the update is a "
                 "scaled gradient. Lower damping, or use g_scale='expectation', damping_mode='relative' or "
                 "variant='eva_f'.",

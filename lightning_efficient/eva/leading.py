@@ -61,7 +61,7 @@ def leading_step(
     grad_OD: Tensor,
     q_RD: Tensor,
     *,
-    lr: float | Tensor,
+    lr: float,
     momentum: float,
     damping: float,
 ) -> Leading:
@@ -72,40 +72,53 @@ def leading_step(
         momentum_OD: M.
         grad_OD: G.
         q_RD: directions of the last step; its rank is below both O and D, or 0, which only normalises the rows.
-        lr: learning rate.
+        lr: learning rate; it and the next two may be scalar tensors, for a compiled step.
         momentum: mu.
         damping: least share of a leading direction that is left.
     """
     rank, D = q_RD.shape
     momentum_OD.lerp_(grad_OD, 1 - momentum)
-    u_OD = torch.lerp(momentum_OD, grad_OD, 1 - momentum)
-    norm_O = torch.linalg.vector_norm(u_OD, dim=1, dtype=q_RD.dtype)
-    row_O = math.sqrt(D) / (norm_O + 1e-12 * norm_O.max() + 1e-30)  # a row of zeros stays one
+    u_OD = torch.lerp(momentum_OD, grad_OD, 1 - momentum).to(q_RD.dtype)
+    norm_O = torch.linalg.vector_norm(u_OD, dim=1)
+    floor = 1e-12 * norm_O.max() + 1e-30
+    row_O = torch.where(norm_O > 0, math.sqrt(D) / (norm_O + floor), 0)
     square = (row_O * norm_O).square().sum()  # |A|^2
     if rank == 0:
-        _subtract_rows(weight_OD, u_OD, row_O * (RMS * lr))
+        _subtract(weight_OD, u_OD, row_O * (RMS * lr))
         return Leading(q_RD, torch.zeros_like(square))
-    wide_OD = u_OD.to(q_RD.dtype)
     # Thin factors first and along the rows: the products then run at memory speed.
-    p_RO = _orthonormal(row_O * (q_RD @ wide_OD.T))
-    s_RD = (p_RO * row_O) @ wide_OD
+    p_RO = _orthonormal(row_O * (q_RD @ u_OD.T))
+    s_RD = (p_RO * row_O) @ u_OD
     s_R = torch.linalg.vector_norm(s_RD, dim=1)
-    q_RD = s_RD / s_R.clamp(min=1e-30).unsqueeze(1)
     rest = (square - s_R.square().sum()).clamp(min=0)
     t_R = torch.minimum(s_R, torch.maximum((rest / (min(weight_OD.shape) - rank)).sqrt(), damping * s_R))
     norm = (rest + t_R.square().sum()).sqrt()
     scale = RMS * lr * square.sqrt() / torch.where(norm > 0, norm, 1)
-    _subtract_rows(weight_OD, u_OD, row_O * scale)
-    taken_RO = (p_RO * ((s_R - t_R) * scale).unsqueeze(1)).to(weight_OD.dtype)
-    if rank == 1:
-        weight_OD.addr_(taken_RO[0], q_RD[0].to(weight_OD.dtype))
-    else:
-        weight_OD.addmm_(taken_RO.T, q_RD.to(weight_OD.dtype))
-    return Leading(q_RD, 1 - t_R[0] / s_R[0].clamp(min=1e-30))
+    # Without a gradient there is no direction: the last one stays.
+    q_RD = torch.where(s_R.unsqueeze(1) > 0, s_RD / s_R.clamp(min=1e-30).unsqueeze(1), q_RD)
+    taken_RO = p_RO * ((s_R - t_R) * scale).unsqueeze(1)
+    _subtract(weight_OD, u_OD, row_O * scale, taken_RO, q_RD)
+    return Leading(q_RD, torch.where(s_R[0] > 0, 1 - t_R[0] / s_R[0].clamp(min=1e-30), 0))
 
 
-def _subtract_rows(weight_OD: Tensor, u_OD: Tensor, factor_O: Tensor) -> None:
-    weight_OD.addcmul_(u_OD, factor_O.unsqueeze(1).to(weight_OD.dtype), value=-1)
+def _subtract(
+    weight_OD: Tensor,
+    u_OD: Tensor,
+    factor_O: Tensor,
+    taken_RO: Tensor | None = None,
+    q_RD: Tensor | None = None,
+) -> None:
+    """``W -= diag(factor) U - taken^T q``, rounded to the type of W once."""
+    narrow = weight_OD.dtype != u_OD.dtype
+    target = torch.zeros_like(u_OD) if narrow else weight_OD
+    target.addcmul_(u_OD, factor_O.unsqueeze(1), value=-1)
+    if taken_RO is not None and q_RD is not None:
+        if len(q_RD) == 1:
+            target.addr_(taken_RO[0], q_RD[0])
+        else:
+            target.addmm_(taken_RO.T, q_RD)
+    if narrow:
+        weight_OD.add_(target)
 
 
 def _orthonormal(rows: Tensor) -> Tensor:

@@ -38,19 +38,15 @@ class Curvature(NamedTuple):
 
     Attributes:
         left_R: :math:`l`, the column vector of the rank-1 term.
-        alpha_S: :math:`|a|^2`, with 1 for a bias.
         grad_sq_S: :math:`|G|^2`.
         inner_S: :math:`\langle G - l a^T, G\rangle`; never below its bound :math:`(1 - \rho)|G|^2`.
         norm_sq_S: :math:`|G - l a^T|^2`; never below :math:`(1 - \rho)^2|G|^2`.
-        rho_S: share of the captured direction that is taken away, in [0, 1].
     """
 
     left_R: Tensor
-    alpha_S: Tensor
     grad_sq_S: Tensor
     inner_S: Tensor
     norm_sq_S: Tensor
-    rho_S: Tensor
 
 
 def curvature(
@@ -98,7 +94,7 @@ def curvature(
     kept_S = 1 - rho_S
     inner_S = torch.maximum(grad_sq_S - removed_S, kept_S * grad_sq_S)
     norm_sq_S = torch.maximum(grad_sq_S - 2 * removed_S + left_sq_S * alpha_S, kept_S.square() * grad_sq_S)
-    return Curvature(left_R, alpha_S, grad_sq_S, inner_S, norm_sq_S, rho_S)
+    return Curvature(left_R, grad_sq_S, inner_S, norm_sq_S)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ class LayerReport:
     Attributes:
         rho: share of the captured direction that is taken out of the gradient, in [0, 1]:
             :math:`\rho = c/(\gamma + c)` with :math:`c = |a|^2|g|^2` (Eva-f: :math:`|a|^2`). Near 0 the preconditioner
-            does nothing. None where there are no vectors.
+            does nothing. None where there are no vectors. For EvaP: share of the first leading direction.
         a_norm: :math:`|a|`, the bias's 1 included; None where there are no vectors.
         g_norm: :math:`|g|`; None for Eva-f too.
         skipped: why the parameter has no vectors and follows the fallback rule; empty where it has.
@@ -48,7 +48,8 @@ def layer_reports(
         damping: of each parameter group.
         config: of the optimizer.
     """
-    active = ["kv_a" in state for state in states]
+    # NaN marks a layer that was never captured: frozen, or without use.
+    active = ["kv_a" in state and not bool(state["kv_a"].isnan().any()) for state in states]
     layers = [layer for layer, keep in zip(source.layers, active, strict=True) if keep]
     if not layers:
         return {}

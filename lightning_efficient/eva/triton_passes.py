@@ -66,7 +66,8 @@ class TritonPasses:
         a_A = torch.cat([a.reshape(-1) for a in tensors.inputs])
         rows = int(sum(shape[0] * shape[1] if len(shape) == 3 else shape[0] for shape in tables.shapes))
         u_R, square_R = a_A.new_empty(rows), a_A.new_empty(rows)
-        grads = self._address("grads", [grad.contiguous() for grad in tensors.grads])
+        contiguous = [grad.contiguous() for grad in tensors.grads]  # must live until the kernel is launched
+        grads = self._address("grads", contiguous)
         project_kernel[(len(tables.project_tiles[0]),)](
             grads.table, a_A, u_R, square_R, tables.size_O, tables.size_D, tables.offset_a, tables.offset_row,
             *tables.project_tiles, dtype=_TYPES[dtype], wide=_TYPES[a_A.dtype],
@@ -86,7 +87,8 @@ class TritonPasses:
         has_momentum, nesterov, decoupled = kinds.pop()
         a_A = torch.cat([a.reshape(-1) for a in tensors.inputs])
         weights, momenta = self._address("weights", tensors.weights), self._address("momenta", tensors.momenta)
-        grads = self._address("grads", [grad.contiguous() for grad in tensors.grads])
+        contiguous = [grad.contiguous() for grad in tensors.grads]  # must live until the kernel is launched
+        grads = self._address("grads", contiguous)
         lr, mu, decay = self._setting_tables(groups, tables, left_R)
         update_kernel[(len(tables.update_tiles[0]),)](
             weights.table, momenta.table, grads.table, left_R, a_A, scale_L[tables.layer], lr, mu, decay,

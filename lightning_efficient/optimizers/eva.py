@@ -64,7 +64,8 @@ class Eva(LayerwiseOptimizer):
     (embeddings, norms, tied or skipped weights) follow the fallback rule, inside this optimizer.
 
     The defaults are the published ones, and **with them the curvature term hardly does anything**: see the method card.
-    What works: ``variant="eva_f", kv_samples=None, g_scale="expectation", rescale="clip", fallback="adamw"``.
+    What works: ``variant="eva_f", kv_samples=None, rescale="clip", fallback="adamw"``. For ``eva``, set
+    ``g_scale="expectation"`` too.
     While the KL clip is active, the learning rate drops out of the step of the preconditioned layers.
 
     Eva and Eva-f need the module: call :meth:`attach`, or add
@@ -73,8 +74,8 @@ class Eva(LayerwiseOptimizer):
 
     Args:
         params: parameters or groups. A group may set ``lr``, ``damping``, ``momentum``, ``nesterov``, ``weight_decay``,
-            ``decoupled_weight_decay``, ``betas``, ``eps``; and ``fallback: True``, which sends all of it to the
-            fallback rule.
+            ``decoupled_weight_decay``, ``betas``, ``eps``, ``fallback_lr``; and ``fallback: True``, which sends all of
+            it to the fallback rule, at the ``lr`` that it sets.
         lr: learning rate, :math:`\eta`.
         variant: ``"eva"``, ``"eva_f"`` (inputs only: no output gradient is needed) or ``"eva_s"`` (gradients only: no
             module is needed).
@@ -90,8 +91,9 @@ class Eva(LayerwiseOptimizer):
             published one, 0.95, and ``"sum"`` for eva_s.
         kv_samples: samples of each batch that the vectors see; ``None``: all.
         kv_every: steps between captures.
-        g_scale: ``"reference"``: output gradients of a mean loss are averaged again, as published; ``"expectation"``:
-            they are summed, so that g is the gradient of the bias and no way to split the batch changes it.
+        g_scale: for ``eva`` only. ``"reference"``: output gradients of a mean loss are averaged again, as published;
+            ``"expectation"``: they are summed, so that g is the gradient of the bias and no way to split the batch
+            changes it.
         momentum: :math:`\mu`.
         nesterov: look ahead along the momentum.
         weight_decay: :math:`\lambda`.
@@ -121,10 +123,11 @@ class Eva(LayerwiseOptimizer):
     """
 
     _wide_keys = ("kv_a", "kv_g")
-    _settings = ("config", "process_group", "loss_scale")
+    _settings = ("config", "process_group")
     _source: LayerVectors | GradientVectors | None
     _plans: dict[tuple[bool, ...], Plan]
     _seen: set[tuple[bool, ...]]
+    _lacking: bool
     _step_function: Callable[..., Any] | None
 
     def __init__(
@@ -207,13 +210,14 @@ class Eva(LayerwiseOptimizer):
             source.check(self._states(source))
             source.watch()
         self._source = source
-        self._set_capturing()
+        self._plan_capture()
 
     @override
     def _unwatch(self) -> None:
         if self._source is not None:
             self._source.remove()
         self._source, self._plans, self._seen, self._step_function = None, {}, set(), None
+        self._lacking = False
 
     @override
     def _reasons_of(self, found: FoundLayers) -> dict[str, str]:
@@ -308,8 +312,9 @@ class Eva(LayerwiseOptimizer):
         signature: tuple[bool, ...],
     ) -> Tensor | None:
         """Bring the vectors up to date; return whether they were finite, None if it is not their turn."""
-        if self.param_groups[0]["steps"] % self.config.kv_every:
+        if not self._is_due():
             return None
+        self._lacking = False
         self._kv_updates += 1
         if isinstance(source, GradientVectors):
             return source.refresh(states, active) if any(active) else None
@@ -362,9 +367,18 @@ class Eva(LayerwiseOptimizer):
             else:
                 sgd_step(rest, [p.grad for p in rest], self.state, group, lr=lr)
 
+    def _plan_capture(self) -> None:
+        """Capture in the coming step if it is its turn, or if a layer has no vectors yet."""
+        source = self._source
+        self._lacking = source is not None and any("kv_a" not in state for state in self._states(source))
+        self._set_capturing()
+
+    def _is_due(self) -> bool:
+        return self._lacking or self.param_groups[0]["steps"] % self.config.kv_every == 0
+
     def _set_capturing(self) -> None:
         if self._source is not None:
-            self._source.capture(self.param_groups[0]["steps"] % self.config.kv_every == 0)
+            self._source.capture(self._is_due())
 
     def _states(self, source: LayerVectors | GradientVectors) -> States:
         return [self.state.get(layer.weight, {}) for layer in source.layers]
@@ -417,11 +431,11 @@ class Eva(LayerwiseOptimizer):
             )
         if self._source is not None:
             self._source.check(self._states(self._source))
-        self._set_capturing()
+        self._plan_capture()
 
     @override
     def __setstate__(self, state: dict[str, Any]) -> None:
         if not hasattr(self, "_source"):  # a copy
-            self._source, self.nu, self._counts = None, None, None
+            self._source, self.nu, self._counts, self.loss_scale = None, None, None, None
             self._counted_steps = self._kv_updates = 0
         super().__setstate__(state)

@@ -41,7 +41,8 @@ class EvaP(LayerwiseOptimizer):
     For the weights of ``Linear`` and convolution layers: momentum, rows brought to equal length, the ``rank`` leading
     directions brought down to the size of the others, an update of fixed root mean square. All other parameters follow
     AdamW, at the same learning rate unless ``fallback_lr`` says otherwise. State: the momentum, and ``rank`` vectors of
-    a layer's inputs; a step costs about as much as AdamW's. :mod:`lightning_efficient.eva.leading` has the equations.
+    a layer's inputs; a training step takes a few percent longer than with AdamW. The equations are in
+    :mod:`lightning_efficient.eva.leading`.
 
     Not from the papers: Eva-s curves along the mean of the gradient's rows and columns, and Eva-f along the mean input;
     behind LayerNorm neither is where the curvature is. The method card says what was measured, and that Muon, which
@@ -66,6 +67,8 @@ class EvaP(LayerwiseOptimizer):
         backend: ``"eager"``, or ``"compiled"`` (inductor).
 
     Attributes:
+        rank: leading directions.
+        backend: what the step runs on.
         stats: what it has done.
 
     Raises:
@@ -81,7 +84,7 @@ class EvaP(LayerwiseOptimizer):
     _wide_keys = ("leading",)
     _settings = ("rank", "backend", "stats")
     _layers: list[Layer]
-    _rho: list[Tensor]
+    _rho: dict[str, Tensor]
     _function: Callable[..., list[Tensor]] | None
 
     def __init__(
@@ -128,7 +131,7 @@ class EvaP(LayerwiseOptimizer):
 
     @override
     def _unwatch(self) -> None:
-        self._layers, self._function, self._rho = [], None, []
+        self._layers, self._function, self._rho = [], None, {}
 
     @override
     def _reasons_of(self, found: FoundLayers) -> dict[str, str]:
@@ -166,10 +169,11 @@ class EvaP(LayerwiseOptimizer):
 
     def _step_layers(self, layers: list[Layer]) -> None:
         assert self._function is not None
-        group_of, lrs = self._group_of(), [group["lr"] for group in self.param_groups]
+        group_of = self._group_of()
+        values: list[Any] = [(g["lr"], g["momentum"], g["damping"]) for g in self.param_groups]
         if self.backend == "compiled":  # a number would be compiled in, and anew for each value of a schedule
             dtype, device = wide_dtype(layer.weight for layer in layers), layers[0].weight.device
-            lrs = list(send(torch.tensor(lrs, dtype=dtype), device).unbind())
+            values = [row.unbind() for row in send(torch.tensor(values, dtype=dtype), device)]
         tensors, directions, settings = [], [], []
         for layer in layers:
             order, group = is_channels_last(layer.weight), self.param_groups[group_of[id(layer.weight)]]
@@ -179,14 +183,14 @@ class EvaP(LayerwiseOptimizer):
                 tuple(as_matrices(each, 1, channels_last=order) for each in (layer.weight.detach(), buffer, grad))
             )
             directions.append(rows_in_memory_order(self._directions(layer), layer.weight, channels_last=order))
-            settings.append((lrs[group_of[id(layer.weight)]], group["momentum"], group["damping"]))
+            settings.append(values[group_of[id(layer.weight)]])
             if group["weight_decay"]:
                 layer.weight.mul_(1 - group["lr"] * group["weight_decay"])
         after = self._function(tensors, directions, settings)
         for layer, q_RD in zip(layers, after[: len(layers)], strict=True):
             order = is_channels_last(layer.weight)
             self.state[layer.weight]["leading"] = rows_in_weight_order(q_RD, layer.weight, channels_last=order)
-        self._rho = after[len(layers) :]
+        self._rho = {layer.name: rho for layer, rho in zip(layers, after[len(layers) :], strict=True)}
         self.stats = EvaPStats(self.stats.counted_steps + 1, len(layers))
 
     def _directions(self, layer: Layer) -> Tensor:
@@ -223,19 +227,17 @@ class EvaP(LayerwiseOptimizer):
     def kv_report(self) -> dict[str, LayerReport]:
         """Say for each layer which share of its leading direction the last step took away, and why others have none.
 
-        Waits for the device. Empty before the first step.
+        Waits for the device. Before the first step there are only the reasons.
         """
         report = {name: LayerReport(skipped=reason) for name, reason in self._reasons.items()}
-        active = [layer for layer in self._layers if "leading" in self.state.get(layer.weight, {})]
-        if len(active) == len(self._rho):
-            report.update((layer.name, LayerReport(float(rho))) for layer, rho in zip(active, self._rho, strict=True))
+        report.update((name, LayerReport(float(rho))) for name, rho in self._rho.items())
         return report
 
 
 def _step_of_all(
     tensors: list[tuple[Tensor, Tensor, Tensor]],
     directions: list[Tensor],
-    settings: list[tuple[float | Tensor, float, float]],
+    settings: list[tuple[float, float, float]],
 ) -> list[Tensor]:
     """Step all layers; return their new directions, then what each took away."""
     after = [

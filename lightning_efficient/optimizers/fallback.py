@@ -65,6 +65,8 @@ def adamw_step(params: Sequence[nn.Parameter], state: State, group: dict[str, An
             state[p]["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
             state[p]["exp_avg"], state[p]["exp_avg_sq"] = new_buffer(p), new_buffer(p)
         else:
+            # A checkpoint is loaded on the host, and neither torch nor Lightning moves the step to the device.
+            state[p]["step"] = state[p]["step"].to(p.device, torch.float32)
             for name in ("exp_avg", "exp_avg_sq"):
                 state[p][name] = _in_order_of(p, state[p][name])
     grads = [p.grad for p in params if p.grad is not None]

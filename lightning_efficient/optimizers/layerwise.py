@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import Self, override
 
-from lightning_efficient.eva.config import check_group, check_parameter, check_shape
+from lightning_efficient.eva.config import check_group, check_parameter, check_shape, fallback_ratio
 from lightning_efficient.eva.layers import FoundLayers, find_layers
 from lightning_efficient.eva.sources import wide_dtype
 
@@ -58,7 +58,7 @@ class LayerwiseOptimizer(Optimizer):
             ValueError: another module is attached, a pattern matches nothing, no weight of a supported layer is among
                 the parameters, or a state loaded before belongs to another model.
             TypeError: ``skip`` is a string.
-            NotImplementedError: the weights lie on several devices.
+            NotImplementedError: the weights lie on several devices (Eva).
         """
         kind = type(self).__name__
         if self._module is not None and self._module is not module:
@@ -98,7 +98,12 @@ class LayerwiseOptimizer(Optimizer):
             TypeError: a parameter is complex, or ``lr`` is a tensor.
             NotImplementedError: a parameter is sharded.
         """
-        super().add_param_group(param_group)
+        own = dict(param_group)
+        if own.get("fallback") and "lr" in own:
+            own.setdefault("fallback_ratio", 1.0)  # what it says is its learning rate
+        if "fallback_lr" in own:
+            own["fallback_ratio"] = fallback_ratio(own.pop("fallback_lr"), own.get("lr", self.defaults["lr"]))
+        super().add_param_group(own)
         group = self.param_groups[-1]
         check_group(group)
         for p in group["params"]:

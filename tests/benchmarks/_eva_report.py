@@ -164,7 +164,7 @@ def plot(rows: list[dict[str, Any]], folder: Path, methods: list[str] | None = N
                 if methods is not None and row["method"] not in methods:
                     continue
                 dashed = row["method"].startswith("control")
-                style = "--" if dashed else "-"
+                style = "--" if dashed else "-" if i < 20 else ":"  # there are twenty colours
                 width = 2.0 if row["method"].startswith(("Eva-f", "EvaP")) else 1.1
                 color = plt.get_cmap("tab20")(i % 20)
                 axes.plot(*zip(*row["curve"], strict=True), style, lw=width, color=color, label=row["method"])

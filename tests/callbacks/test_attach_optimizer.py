@@ -234,7 +234,10 @@ def test_an_optimizer_that_the_user_has_attached_keeps_what_the_user_said() -> N
     watch = Watch()
     net = Net(lambda net: Eva(net.parameters(), **EVA_F).attach(net, skip=["net.2"]))
 
-    fit(net, AttachOptimizer(skip=["net.0"]), watch)
+    with pytest.warns(
+        UserWarning, match=r"AttachOptimizer\(skip=\['net.0'\]\) has no effect: the optimizer was attached"
+    ):
+        fit(net, AttachOptimizer(skip=["net.0"]), watch)
 
     assert watch.reports[-1]["net.2.weight"].skipped
     assert watch.reports[-1]["net.0"].rho > 0

@@ -12,10 +12,10 @@ import torch
 
 
 def main(path: str) -> None:
-    from tests.eva.test_backends import CASES, DTYPES, mixed_groups, trained
+    from tests.eva.test_backends import CASES, DTYPES, mixed_groups, trained, transposed_gradients
 
     weights = {dtype: {case: trained(case, "triton", dtype) for case in CASES} for dtype in DTYPES}
-    torch.save({**weights, "mixed groups": mixed_groups("triton")}, path)
+    torch.save({**weights, "mixed groups": mixed_groups("triton"), "transposed": transposed_gradients("triton")}, path)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_efficient.optimizers import Eva
-from tests.eva.nets import CONV, MLP, Task, equal, relative_difference, train, weights
+from tests.eva.nets import CONV, MLP, Task, equal, loss_of, relative_difference, train, weights
 
 # Small steps, so that a net does not amplify the rounding of one to the next.
 STRONG: dict[str, Any] = {"g_scale": "expectation", "kv_samples": None, "lr": 0.05, "kl_clip": 1e-4}
@@ -98,6 +98,25 @@ def test_float32_follows_float64(case: str) -> None:
     wide, narrow = trained(case, "eager", "float64"), trained(case, "eager", "float32")
     # The gradients are rounded too: looser than between two backends.
     assert relative_difference({name: each.double() for name, each in narrow.items()}, wide) < 1e-5
+
+
+def transposed_gradients(backend: str) -> dict[str, Tensor]:
+    """The weights after steps on gradients that are laid out by column, as a hook may leave them."""
+    model = MLP.net().float()
+    optimizer = Eva(model.parameters(), backend=backend, variant="eva_f", **STRONG).attach(model)  # type: ignore[arg-type]
+    for step in range(3):
+        optimizer.zero_grad()
+        x, labels = MLP.batch(step)
+        loss_of(model, (x.float(), labels)).backward()
+        for p in model.parameters():
+            p.grad = p.grad.T.contiguous().T if p.ndim == 2 else p.grad  # type: ignore[union-attr]
+        optimizer.step()
+    return weights(model)
+
+
+@pytest.mark.slow
+def test_the_triton_step_reads_gradients_in_any_memory_order(interpreted: dict[str, dict[str, Tensor]]) -> None:
+    assert relative_difference(interpreted["transposed"], transposed_gradients("eager")) < 1e-6
 
 
 def test_triton_on_the_cpu_says_that_torchs_operations_run_and_runs_them() -> None:

@@ -108,3 +108,31 @@ def test_directions_start_orthonormal_and_the_same_for_every_type() -> None:
     q = start_directions(9, 4, seed=3, like=torch.empty(0, dtype=torch.float64))
     torch.testing.assert_close(q @ q.T, torch.eye(4, dtype=torch.float64), rtol=0, atol=1e-14)
     assert torch.equal(q.float(), start_directions(9, 4, seed=3, like=torch.empty(0)))
+
+
+def test_a_step_without_a_gradient_loses_no_direction_and_says_that_nothing_was_taken() -> None:
+    W, M, q = start(5, 6, 1)
+    after, rho = leading_step(W, M, torch.zeros(5, 6, dtype=torch.float64), q, **SETTINGS)
+    assert torch.equal(after, q)
+    assert rho == 0
+    after, rho = leading_step(W, M, gaussian(5, 6, seed=1), after, **SETTINGS)
+    assert after.norm().item() == pytest.approx(1)
+    assert rho > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rank", [0, 1, 4])
+def test_narrow_weights_are_rounded_once(dtype: torch.dtype, rank: int) -> None:
+    """On a gradient of low rank, where the leading directions are all there is, with a row of zeros."""
+    G = torch.outer(gaussian(24, seed=1), gaussian(32, seed=2))
+    G[3] = 0
+    W = gaussian(24, 32, seed=3).to(dtype)
+    M, q = torch.zeros_like(W), start_directions(32, rank, seed=1, like=torch.empty(0))
+    exact, before = W.float(), W.float()
+    settings = {**SETTINGS, "momentum": 0.0}  # which would be rounded too
+    leading_step(W, M, G.to(dtype), q, **settings)
+    leading_step(exact, torch.zeros(24, 32), G.to(dtype).float(), q, **settings)
+    assert torch.equal(W[3].float(), before[3])
+    # The update is rounded, and then the weight, which is below 4: half a unit in the last place.
+    assert exact.abs().max() < 4
+    assert (W.float() - exact).abs().max() <= 1.1 * torch.finfo(dtype).eps * 2

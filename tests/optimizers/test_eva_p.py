@@ -172,3 +172,36 @@ def test_a_copy_goes_on_once_it_is_attached() -> None:
     train(model, optimizer, 2, first=2)
     train(other_model, other, 2, first=2)
     assert torch.equal(weights(model), weights(other_model))
+
+
+def test_a_layer_behind_a_zero_one_wakes_up() -> None:
+    model = nn.Sequential(nn.Linear(6, 8, bias=False), nn.Linear(8, 4, bias=False)).double()
+    nn.init.zeros_(model[1].weight)
+    optimizer = EvaP(model.parameters(), rank=1).attach(model)
+    x, y = torch.randn(20, 6, dtype=torch.float64), torch.randn(20, 4, dtype=torch.float64)
+    for _ in range(5):
+        optimizer.zero_grad()
+        (model(x) - y).square().mean().backward()
+        optimizer.step()
+    assert 0 < optimizer.kv_report()["0"].rho < 1  # type: ignore[operator]
+
+
+def test_the_report_has_the_layers_of_the_last_step() -> None:
+    model = nn.ModuleList([nn.Linear(6, 8), nn.Linear(6, 8)]).double()
+    optimizer = EvaP(model.parameters()).attach(model)
+    for layers in (model, model[:1]):
+        optimizer.zero_grad()
+        sum(layer(torch.randn(5, 6, dtype=torch.float64)).square().mean() for layer in layers).backward()  # type: ignore[union-attr]
+        optimizer.step()
+    assert set(optimizer.kv_report()) == {"0"}
+    assert optimizer.stats.layers == 1
+
+
+def test_a_fallback_group_has_the_learning_rate_that_it_says() -> None:
+    for own in ({"lr": 1e-3}, {"fallback_lr": 1e-3}, {"lr": 0.02, "fallback_lr": 1e-3}):
+        p, layer = nn.Parameter(torch.ones(3, dtype=torch.float64)), nn.Linear(3, 4).double()
+        groups = [{"params": layer.parameters()}, {"params": [p], "fallback": True, **own}]
+        optimizer = EvaP(groups, lr=0.1, fallback_lr=0.05).attach(layer)
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        torch.testing.assert_close(1 - p.detach(), torch.full_like(p, 1e-3), rtol=1e-6, atol=0)
