@@ -191,12 +191,9 @@ class Eva(LayerwiseOptimizer):
     # ---- the module ------------------------------------------------------------------------------------------------
 
     @property
+    @override
     def needs_module(self) -> bool:
         """Whether :meth:`attach` must be called before the first step: for eva and eva_f."""
-        return self.config.needs_module
-
-    @property
-    def _needs_layers(self) -> bool:  # type: ignore[override]
         return self.config.needs_module
 
     @override

@@ -25,7 +25,6 @@ class LayerwiseOptimizer(Optimizer):
     _skip: tuple[str, ...] = ()
     _names: dict[int, str]
     _reasons: dict[str, str]
-    _needs_layers = True
     _wide_keys: tuple[str, ...] = ()
     """Entries of a state that stay in float32 or wider, whatever the type of the weight."""
     _settings: tuple[str, ...] = ()
@@ -38,6 +37,11 @@ class LayerwiseOptimizer(Optimizer):
     @abstractmethod
     def _unwatch(self) -> None:
         """Undo :meth:`_watch`, also where it was never called."""
+
+    @property
+    def needs_module(self) -> bool:
+        """Whether :meth:`attach` must be called before the first step."""
+        return True
 
     @property
     def attached(self) -> bool:
@@ -70,7 +74,7 @@ class LayerwiseOptimizer(Optimizer):
         self.detach()
         owned = [p for group in self.param_groups if not group["fallback"] for p in group["params"]]
         found = find_layers(module, owned, skip)
-        if self._needs_layers and not found.layers:
+        if self.needs_module and not found.layers:
             kinds = sorted({type(each).__name__ for each in module.modules() if list(each.parameters(recurse=False))})
             raise ValueError(
                 f"None of the {len(owned)} parameters to precondition is the weight of a Linear or convolution in this "
