@@ -14,7 +14,7 @@ require_lightning()
 import lightning_efficient.strategies as _strategies  # noqa: E402  (only once lightning is known to be there)
 
 if TYPE_CHECKING:
-    from lightning_efficient.callbacks import AttachOptimizer, CompressionMonitor, OptimizerGuard
+    from lightning_efficient.callbacks import AttachOptimizer, CompressionMonitor, LoRAFA, OptimizerGuard
     from lightning_efficient.cli import EfficientCLI
     from lightning_efficient.compression import (
         ACPSGD,
@@ -25,7 +25,19 @@ if TYPE_CHECKING:
         TopK,
         register_compressor,
     )
+    from lightning_efficient.lora_fa import (
+        LoRAFAConfig,
+        LoRAFAReport,
+        apply_lora_fa,
+        export_peft,
+        load_peft,
+        lora_fa_linear,
+        merge,
+        saved_bytes,
+        unmerge,
+    )
     from lightning_efficient.optimizers import Eva, EvaP
+    from lightning_efficient.precision import LoRAFAHalfPrecision
     from lightning_efficient.strategies import CompressedDDPStrategy
 
 __version__ = "0.1.0.dev0"
@@ -40,12 +52,23 @@ __all__ = [
     "Eva",
     "EvaP",
     "HalfPrecision",
+    "LoRAFA",
+    "LoRAFAConfig",
+    "LoRAFAHalfPrecision",
+    "LoRAFAReport",
     "OptimizerGuard",
     "PowerSGD",
     "SignSGD",
     "TopK",
     "__version__",
+    "apply_lora_fa",
+    "export_peft",
+    "load_peft",
+    "lora_fa_linear",
+    "merge",
     "register_compressor",
+    "saved_bytes",
+    "unmerge",
 ]
 
 _HOMES = {
@@ -58,11 +81,22 @@ _HOMES = {
     "Eva": "optimizers",
     "EvaP": "optimizers",
     "HalfPrecision": "compression",
+    "LoRAFA": "callbacks",
+    "LoRAFAConfig": "lora_fa",
+    "LoRAFAHalfPrecision": "precision",
+    "LoRAFAReport": "lora_fa",
     "OptimizerGuard": "callbacks",
     "PowerSGD": "compression",
     "SignSGD": "compression",
     "TopK": "compression",
+    "apply_lora_fa": "lora_fa",
+    "export_peft": "lora_fa",
+    "load_peft": "lora_fa",
+    "lora_fa_linear": "lora_fa",
+    "merge": "lora_fa",
     "register_compressor": "compression",
+    "saved_bytes": "lora_fa",
+    "unmerge": "lora_fa",
 }
 
 _strategies.register()

@@ -21,6 +21,7 @@ import lightning_efficient.callbacks
 import lightning_efficient.data
 import lightning_efficient.models
 import lightning_efficient.optimizers
+import lightning_efficient.precision
 import lightning_efficient.strategies  # noqa: F401
 from lightning_efficient._compat import forget_init_args_of_another_class
 from lightning_efficient.callbacks import AttachOptimizer, OptimizerGuard
