@@ -86,7 +86,7 @@ def _guarded(run: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
         if debugging():
             raise
         return report(str(error))
-    except (ValueError, ModuleNotFoundError) as error:
+    except (ValueError, RuntimeError, FileNotFoundError, ModuleNotFoundError) as error:
         # Raised by our own code it is about the user's input and says what to do; from elsewhere it may be a bug.
         if debugging() or not _raised_here(error):
             raise

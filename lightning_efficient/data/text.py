@@ -2,6 +2,7 @@
 
 import glob
 import math
+import sysconfig
 from pathlib import Path
 from typing import Literal
 
@@ -14,22 +15,24 @@ from lightning_efficient.data._module import InMemoryDataModule, Splits, require
 
 
 class TextData(InMemoryDataModule):
-    """Language-model batches from text: Python's own help topics by default, or any UTF-8 files.
+    """Language-model batches from text: Python's own help topics by default, its source code, or any UTF-8 files.
 
     The default text is ``pydoc_data.topics`` (about 465 000 characters of English reference prose, on every CPython),
-    so it is real and needs no download. The text is cut once into contiguous parts, training first, then validation,
+    so it is real and needs no download. ``corpus="code"`` is the source of the standard library's modules from a to d
+    (about a million characters): what a model of the prose can be fine-tuned on. The text is cut once into contiguous parts, training first, then validation,
     then test, so no sentence is in two of them. Batches are ``{"input_ids", "labels"}``, both (B, ``block_size``)
     int64, labels already shifted by one.
 
     Args:
         files: paths or glob patterns of UTF-8 files, read in the given order (a pattern's matches sorted by name) and
-            joined by a newline. ``None``: Python's help topics.
+            joined by a newline. ``None``: the text that ``corpus`` names.
         tokens: ``"byte"`` (vocabulary 256) or ``"char"`` (the characters that occur in the whole text, sorted).
         block_size: tokens per sequence, T.
         batch_size: sequences per process and batch.
         val_fraction: part of the text for validation, in (0, 1).
         test_fraction: part of the text for testing, in [0, 1 - val_fraction).
         seed: decides, with the epoch, which blocks a training batch holds.
+        corpus: ``"help"`` or ``"code"``, of the Python that runs; without effect where files are named.
 
     Raises:
         ValueError: an argument is out of range, a file is not UTF-8, or a split is shorter than a block.
@@ -46,13 +49,19 @@ class TextData(InMemoryDataModule):
         val_fraction: float = 0.1,
         test_fraction: float = 0.0,
         seed: int = 0,
+        corpus: Literal["help", "code"] = "help",
     ) -> None:
         super().__init__(batch_size=batch_size, seed=seed)
+        if corpus not in CORPORA:
+            raise ValueError(
+                f"corpus is {corpus!r}: there are {', '.join(map(repr, CORPORA))}. Use one, or name files."
+            )
         if tokens not in ("byte", "char"):
             raise ValueError(f"tokens is {tokens!r}: text is cut into bytes or characters. Use 'byte' or 'char'.")
         require_at_least("block_size", block_size, 1)
         require_fractions(val_fraction, test_fraction)
         self.files = [files] if isinstance(files, str) else files
+        self.corpus = corpus
         self.tokens = tokens
         self.block_size = block_size
         self.val_fraction = val_fraction
@@ -140,7 +149,7 @@ class TextData(InMemoryDataModule):
         return examples.tokens
 
     def _read_tokens(self) -> Tensor:
-        text = help_topics() if self.files is None else "\n".join(read_utf8(path) for path in expand(self.files))
+        text = CORPORA[self.corpus]() if self.files is None else "\n".join(map(read_utf8, expand(self.files)))
         if not text:
             raise ValueError(f"The text is empty ({self.files}): there is nothing to learn. Name files with text.")
         if self.tokens == "byte":
@@ -154,6 +163,26 @@ def help_topics() -> str:
     from pydoc_data.topics import topics  # a large literal; only those who train on it should pay for it
 
     return "\n".join(topics[name] for name in sorted(topics))
+
+
+def standard_library() -> str:
+    """Return the source of the standard library's modules from a to d as one text, in sorted order of their names.
+
+    Raises:
+        FileNotFoundError: this Python comes without sources.
+    """
+    folder = Path(sysconfig.get_path("stdlib"))
+    paths = sorted(path for path in folder.glob("[a-d]*.py") if path.is_file())
+    if not paths:
+        raise FileNotFoundError(
+            f"There is no Python source in {str(folder)!r}: this Python comes without it, so corpus='code' has no text. "
+            "Use corpus='help', or name files."
+        )
+    return "\n".join(map(read_utf8, paths))
+
+
+CORPORA = {"help": help_topics, "code": standard_library}
+"""Texts that every CPython has, by name."""
 
 
 def expand(patterns: list[str]) -> list[Path]:

@@ -1,10 +1,13 @@
 """What every LightningModule here shares: when its optimizer is built, over which parameters, and means over ranks."""
 
+from pathlib import Path
+from pickle import UnpicklingError
+
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import Metric
@@ -52,6 +55,35 @@ class TrainableModule(LightningModule):
                 "lr_scheduler": {"scheduler": scheduler, "interval": "epoch", "monitor": monitor},
             }
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def load_weights(module: nn.Module, path: str, *, prefix: str) -> None:
+    """Load the weights of a Lightning checkpoint into a part of a LightningModule; every one has to be there.
+
+    Args:
+        module: the part.
+        path: of the checkpoint.
+        prefix: of its names in the checkpoint.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: names or shapes are not those of ``module``.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"There is no checkpoint {path!r} (looked from {Path.cwd()}): pretrained needs one. Make it first (the "
+            "recipe lora_fa/pretrain does), or correct the path."
+        )
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+        weights = {name: tensor for name, tensor in stored["state_dict"].items() if name.startswith(prefix)}
+        module.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in weights.items()})
+    except (RuntimeError, KeyError, UnpicklingError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(
+            f"The weights in {path!r} do not fit the model ({' '.join(line.strip() for line in lines)[:300]}). Give the "
+            "sizes that it was trained with, and a checkpoint of the whole model."
+        ) from error
 
 
 class EpochMean(Metric):

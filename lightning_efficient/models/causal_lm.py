@@ -13,7 +13,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_efficient.models._module import EpochMean, TrainableModule
+from lightning_efficient.models._module import EpochMean, TrainableModule, load_weights
 from lightning_efficient.models.llama import LLAMA_PRESETS, Llama, LlamaConfig
 
 TokenBatch: TypeAlias = "dict[str, Tensor]"
@@ -150,6 +150,8 @@ class LlamaLM(CausalLM):
         num_kv_heads: see ``hidden_size``.
         tie_embeddings: the head shares the embedding's weight.
         activation_checkpointing: recompute each decoder layer in backward instead of storing its activations.
+        pretrained: a checkpoint of this class (of ``ModelCheckpoint``, or one made with ``save_weights_only``) whose
+            weights to start from; read in ``configure_model``.
         optimizer: called with the parameters that train, in ``configure_optimizers``.
         lr_scheduler: called with the optimizer; advances once per step.
 
@@ -170,6 +172,7 @@ class LlamaLM(CausalLM):
         num_kv_heads: int | None = None,
         tie_embeddings: bool = False,
         activation_checkpointing: bool = False,
+        pretrained: str | None = None,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-3),
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
@@ -192,6 +195,19 @@ class LlamaLM(CausalLM):
         shape = LLAMA_PRESETS[size] | {name: value for name, value in replaced.items() if value is not None}
         config = LlamaConfig(vocab_size=vocab_size, tie_embeddings=tie_embeddings, **shape)
         self.model = Llama(config, activation_checkpointing=activation_checkpointing)
+        self._to_load = pretrained
+
+    @override
+    def configure_model(self) -> None:
+        """Read the pretrained weights, once.
+
+        Raises:
+            FileNotFoundError: there is no such checkpoint.
+            ValueError: it holds another model, or adapters alone.
+        """
+        if self._to_load is not None:
+            load_weights(self.model, self._to_load, prefix="model.")
+            self._to_load = None
 
     @property
     @override

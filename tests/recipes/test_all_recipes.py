@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
+from lightning_efficient.callbacks import LoRAFA
 from lightning_efficient.cli import EfficientCLI, main
 from lightning_efficient.cli.recipes import Recipe, shipped_recipes
 from lightning_efficient.optimizers import Eva, EvaP
@@ -17,8 +20,12 @@ RECIPES = shipped_recipes()
 COMPRESSED = {"quickstart", *(f"{name}/digits" for name in ("acp_sgd", "power_sgd", "top_k", "sign_sgd"))} | {
     "acp_sgd/char_llama",
     "acp_sgd/multi_node",
+    "lora_fa/acp_sgd",
 }
-EVA = {"eva/published_digits_ae", "eva/eva_f_char_llama", "eva/eva_f_resnet_digits", "eva/eva_p_char_llama"}
+EVA = {"eva/published_digits_ae", "eva/eva_f_char_llama", "eva/eva_f_resnet_digits", "eva/eva_p_char_llama"} | {
+    "lora_fa/eva_p"
+}
+LORA_FA = {"lora_fa/finetune", "lora_fa/hf_causal_lm", "lora_fa/acp_sgd", "lora_fa/eva_p"}
 
 # Enough to build, train twice, validate once, and leave nothing behind.
 TWO_STEPS = [
@@ -30,7 +37,6 @@ TWO_STEPS = [
     "--trainer.num_sanity_val_steps=0",
     "--trainer.log_every_n_steps=1",
     "--trainer.enable_progress_bar=false",
-    "--trainer.enable_checkpointing=false",
     "--trainer.logger=false",
 ]
 SMALL_LLAMA = ["--model.hidden_size=32", "--model.ffn_size=64", "--model.num_heads=2", "--model.num_layers=2"]
@@ -39,10 +45,11 @@ SHORT_TEXT = ["--data.block_size=32", "--data.batch_size=2"]
 
 @dataclass(frozen=True)
 class Case:
-    """How a recipe is run here: before it, other recipes; after it, what makes it fit."""
+    """How a recipe is run here: before it, other recipes; after it, what makes it fit; whether it names checkpoints."""
 
     base: tuple[str, ...] = ()
     changes: list[str] = field(default_factory=list)
+    checkpoints: bool = False
 
 
 CASES = {
@@ -61,6 +68,12 @@ CASES = {
     "eva/eva_p_char_llama": Case(changes=SHORT_TEXT),
     "hf/causal_lm": Case(changes=SHORT_TEXT),
     "llama/pretrain": Case(changes=SHORT_TEXT),
+    # The real chain, a fine-tuning from a pretrained file, is a test of its own below.
+    "lora_fa/acp_sgd": Case(changes=[*SHORT_TEXT, "--model.pretrained=null"]),
+    "lora_fa/eva_p": Case(changes=[*SHORT_TEXT, "--model.pretrained=null"]),
+    "lora_fa/finetune": Case(changes=[*SHORT_TEXT, "--model.pretrained=null"]),
+    "lora_fa/hf_causal_lm": Case(changes=SHORT_TEXT, checkpoints=True),
+    "lora_fa/pretrain": Case(changes=SHORT_TEXT, checkpoints=True),
     "models/llama_160m": Case(base=("llama/pretrain",), changes=[*SMALL_LLAMA, *SHORT_TEXT]),
     "models/llama_1.3b": Case(base=("llama/pretrain",), changes=[*SMALL_LLAMA, *SHORT_TEXT]),
     "quickstart": Case(changes=SHORT_TEXT),
@@ -77,7 +90,7 @@ def every_recipe() -> Any:
 
 
 def test_there_are_recipes() -> None:
-    assert {recipe.name for recipe in RECIPES} >= COMPRESSED | EVA | CASES.keys()
+    assert {recipe.name for recipe in RECIPES} >= COMPRESSED | EVA | LORA_FA | CASES.keys()
 
 
 @every_recipe()
@@ -113,6 +126,9 @@ def fit_two_steps(rank: int, world_size: int, arguments: list[str]) -> dict[str,
         shown |= {"reductions": compressor.stats.steps, "bytes_sent": compressor.stats.bytes_sent}
     if isinstance(optimizer := trainer.optimizers[0], (Eva, EvaP)):
         shown |= {"preconditioned_steps": optimizer.stats.counted_steps}
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, LoRAFA):
+            shown |= callback.stats
     return shown
 
 
@@ -120,14 +136,16 @@ def fit_two_steps(rank: int, world_size: int, arguments: list[str]) -> dict[str,
 @every_recipe()
 def test_it_trains_two_steps_offline(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    if recipe.name.startswith("hf/"):
+    if "hf" in recipe.name:
         pytest.importorskip("transformers")
     if "digits" in recipe.name:
         pytest.importorskip("sklearn")
     world_size = 2 if recipe.name in COMPRESSED else 1
     case = CASES.get(recipe.name, Case())
 
-    shown = run_ranks(fit_two_steps, world_size, [*words(recipe), *TWO_STEPS, *case.changes], timeout=100)
+    checkpoints = [f"--trainer.enable_checkpointing={str(case.checkpoints).lower()}"]
+    arguments = [*words(recipe), *TWO_STEPS, *checkpoints, *case.changes]
+    shown = run_ranks(fit_two_steps, world_size, arguments, timeout=100)
 
     for each in shown:
         assert each["steps"] == 2
@@ -138,3 +156,30 @@ def test_it_trains_two_steps_offline(recipe: Recipe, tmp_path: Path, monkeypatch
             assert each["bytes_sent"] > 0
         if recipe.name in EVA:
             assert each["preconditioned_steps"] == 2
+        if recipe.name in LORA_FA:
+            assert each["lora_fa/adapted"] == 28
+            assert each["lora_fa/fell_back"] == 0
+            assert each["lora_fa/saved_mib"] > 0
+
+
+@pytest.mark.distributed
+def test_what_one_recipe_pretrains_the_next_fine_tunes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("lora_fa/pretrain", "lora_fa/finetune"):
+        run_ranks(fit_two_steps, 1, ["fit", "-c", name, *TWO_STEPS, *SHORT_TEXT], timeout=100)
+    exported = load_file(tmp_path / "exports/lora_fa/adapter_model.safetensors")
+    assert len(exported) == 56
+    assert all(torch.any(tensor != 0) for tensor in exported.values())
+    (checkpoint,) = tmp_path.glob("checkpoints/*.ckpt")
+    whole = torch.load(tmp_path / "pretrained/tiny_llama.ckpt", weights_only=True)["state_dict"]
+    adapter = torch.load(checkpoint, weights_only=True)["state_dict"]
+    assert len(adapter) == len(exported)
+    assert not adapter.keys() & whole.keys()
+
+
+def test_fine_tuning_without_the_pretrained_file_says_how_to_make_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["fit", "-c", "lora_fa/finetune", "--trainer.accelerator=cpu"]) == 2
+    assert "the recipe lora_fa/pretrain does" in capsys.readouterr().err
