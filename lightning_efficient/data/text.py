@@ -19,9 +19,9 @@ class TextData(InMemoryDataModule):
 
     The default text is ``pydoc_data.topics`` (about 465 000 characters of English reference prose, on every CPython),
     so it is real and needs no download. ``corpus="code"`` is the source of the standard library's modules from a to d
-    (about a million characters): what a model of the prose can be fine-tuned on. The text is cut once into contiguous parts, training first, then validation,
-    then test, so no sentence is in two of them. Batches are ``{"input_ids", "labels"}``, both (B, ``block_size``)
-    int64, labels already shifted by one.
+    (about a million characters): what a model of the prose can be fine-tuned on. The text is cut once into contiguous
+    parts, training first, then validation, then test, so no sentence is in two of them. Batches are ``{"input_ids",
+    "labels"}``, both (B, ``block_size``) int64, labels already shifted by one.
 
     Args:
         files: paths or glob patterns of UTF-8 files, read in the given order (a pattern's matches sorted by name) and
@@ -166,7 +166,7 @@ def help_topics() -> str:
 
 
 def standard_library() -> str:
-    """Return the source of the standard library's modules from a to d as one text, in sorted order of their names.
+    """Return the source of the standard library's modules from a to d as one text, sorted by name.
 
     Raises:
         FileNotFoundError: this Python comes without sources.
@@ -175,8 +175,8 @@ def standard_library() -> str:
     paths = sorted(path for path in folder.glob("[a-d]*.py") if path.is_file())
     if not paths:
         raise FileNotFoundError(
-            f"There is no Python source in {str(folder)!r}: this Python comes without it, so corpus='code' has no text. "
-            "Use corpus='help', or name files."
+            f"There is no Python source in {str(folder)!r}: this Python comes without it, so corpus='code' has no "
+            "text. Use corpus='help', or name files."
         )
     return "\n".join(map(read_utf8, paths))
 

@@ -2,6 +2,7 @@
 
 from lightning_efficient.lora_fa.adapters import disable_adapter, merge, orthonormalize, set_adapter, unmerge
 from lightning_efficient.lora_fa.calibrate import calibrate
+from lightning_efficient.lora_fa.compare import SavedBytesTable, compare_saved_bytes
 from lightning_efficient.lora_fa.config import LoRAFAConfig
 from lightning_efficient.lora_fa.functional import lora_fa_linear
 from lightning_efficient.lora_fa.inject import LoRAFAReport, apply_lora_fa
@@ -15,8 +16,10 @@ __all__ = [
     "LoRAFALinear",
     "LoRAFAReport",
     "SavedBytes",
+    "SavedBytesTable",
     "apply_lora_fa",
     "calibrate",
+    "compare_saved_bytes",
     "disable_adapter",
     "export_peft",
     "keep_adapters_only",

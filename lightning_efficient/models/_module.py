@@ -81,8 +81,8 @@ def load_weights(module: nn.Module, path: str, *, prefix: str) -> None:
     except (RuntimeError, KeyError, UnpicklingError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(
-            f"The weights in {path!r} do not fit the model ({' '.join(line.strip() for line in lines)[:300]}). Give the "
-            "sizes that it was trained with, and a checkpoint of the whole model."
+            f"The weights in {path!r} do not fit the model ({' '.join(line.strip() for line in lines)[:300]}). Give "
+            "the sizes that it was trained with, and a checkpoint of the whole model."
         ) from error
 
 
