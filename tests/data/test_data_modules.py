@@ -43,6 +43,15 @@ def test_default_text_is_pythons_help_and_is_the_same_every_time() -> None:
     }
 
 
+def test_source_code_is_another_text_of_this_python() -> None:
+    data = TextData(corpus="code")
+    text = data.decode(data.splits.train.tokens)
+    assert len(text) > 500_000
+    assert text == TextData(corpus="code").decode(data.splits.train.tokens)
+    assert text.count("\n    def ") > 1000
+    assert TextData().decode(TextData().splits.train.tokens).count("\n    def ") < 100
+
+
 def test_files_are_read_in_order_and_globs_sorted(tmp_path: Path) -> None:
     for name in ("b", "a", "c"):
         write(tmp_path / f"{name}.txt", name * 40)
@@ -145,6 +154,14 @@ def test_missing_scikit_learn_names_the_extra(monkeypatch: pytest.MonkeyPatch) -
 def test_bad_arguments_are_refused(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_an_unknown_corpus_and_a_python_without_sources_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="corpus is 'prose': there are 'help', 'code'"):
+        TextData(corpus="prose")  # type: ignore[arg-type]
+    monkeypatch.setattr("sysconfig.get_path", lambda name: "/nowhere")
+    with pytest.raises(FileNotFoundError, match="this Python comes without it"):
+        TextData(corpus="code").setup("fit")
 
 
 def test_bad_files_are_refused(tmp_path: Path) -> None:

@@ -116,6 +116,30 @@ def test_checkpoint_loads_with_weights_only(tmp_path: Path, tied: bool) -> None:
     assert loaded.model.config == model.model.config
 
 
+def test_training_starts_from_a_pretrained_checkpoint(tmp_path: Path) -> None:
+    data = SyntheticTokens(vocab_size=16, block_size=8, batch_size=4)
+    source = LlamaLM(vocab_size=16, **SMALL)
+    run = fit(tmp_path, source, data, max_steps=1)
+    run.save_checkpoint(tmp_path / "source.ckpt", weights_only=True)
+    model = LlamaLM(vocab_size=16, pretrained=str(tmp_path / "source.ckpt"), optimizer=adam(0.0), **SMALL)
+    fit(tmp_path, model, data, max_steps=1)
+    for name, value in source.model.state_dict().items():
+        assert torch.equal(model.model.state_dict()[name], value)
+
+
+def test_a_pretrained_checkpoint_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    data = SyntheticTokens(vocab_size=16, block_size=8, batch_size=4)
+    with pytest.raises(FileNotFoundError, match="There is no checkpoint 'nowhere.ckpt'"):
+        fit(tmp_path, LlamaLM(vocab_size=16, pretrained="nowhere.ckpt", **SMALL), data, max_steps=1)
+    (tmp_path / "broken.ckpt").write_bytes(b"not a checkpoint")
+    with pytest.raises(ValueError, match="do not fit the model"):
+        LlamaLM(vocab_size=16, pretrained=str(tmp_path / "broken.ckpt"), **SMALL).configure_model()
+    run = fit(tmp_path, LlamaLM(vocab_size=16, **SMALL), data, max_steps=1)
+    run.save_checkpoint(tmp_path / "small.ckpt", weights_only=True)
+    with pytest.raises(ValueError, match="size mismatch"):
+        LlamaLM(vocab_size=16, pretrained=str(tmp_path / "small.ckpt"), **{**SMALL, "ffn_size": 96}).configure_model()
+
+
 def test_test_and_predict_run(tmp_path: Path) -> None:
     data = TextData(block_size=32, test_fraction=0.05)
     model, run = LlamaLM(**SMALL), trainer(tmp_path, limit_test_batches=2, limit_predict_batches=2)
