@@ -7,7 +7,8 @@ from lightning_efficient.lora_fa.config import LoRAFAConfig
 from lightning_efficient.lora_fa.functional import lora_fa_linear
 from lightning_efficient.lora_fa.inject import LoRAFAReport, apply_lora_fa
 from lightning_efficient.lora_fa.layer import LoRAFALinear
-from lightning_efficient.lora_fa.peft_format import export_peft, load_peft
+from lightning_efficient.lora_fa.peft_format import export_peft
+from lightning_efficient.lora_fa.peft_load import load_peft
 from lightning_efficient.lora_fa.saved_bytes import SavedBytes, saved_bytes
 from lightning_efficient.lora_fa.state import keep_adapters_only
 

@@ -29,6 +29,12 @@ class _Recomputed(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
         ctx.save_for_backward(x)
         ctx.function = function
+        device = x.device.type
+        ctx.autocast = {
+            "device_type": device,
+            "dtype": torch.get_autocast_dtype(device),
+            "enabled": torch.is_autocast_enabled(device),
+        }
         return function(x)
 
     @staticmethod
@@ -39,7 +45,7 @@ class _Recomputed(torch.autograd.Function):
         rows, dy_rows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
         dx = torch.empty_like(rows)
         for start, stop in row_blocks(rows):
-            with torch.enable_grad():
+            with torch.enable_grad(), torch.autocast(**ctx.autocast):
                 block = rows[start:stop].detach().requires_grad_()
                 y = ctx.function(block)
             (dx[start:stop],) = torch.autograd.grad(y, block, dy_rows[start:stop])

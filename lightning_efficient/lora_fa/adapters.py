@@ -2,6 +2,7 @@
 
 import contextlib
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,12 +16,13 @@ from lightning_efficient.lora_fa.layer import LoRAFALinear
 
 
 def set_adapter(module: nn.Module, name: str) -> None:
-    """Make the adapters called ``name`` the active ones; every A stays frozen.
+    """Make the adapters called ``name`` the active ones; every A stays frozen. Layers without one run their base.
 
     Raises:
-        ValueError: there is no such adapter.
+        ValueError: there is no such adapter, or adapters are merged.
     """
     layers = _require(module)
+    _refuse_merged(layers)
     if not any(name in layer.lora_A for layer in layers.values()):
         known = sorted({each for layer in layers.values() for each in layer.lora_A})
         raise ValueError(f"There is no adapter {name!r}: the model has {', '.join(known)}. Use one of them.")
@@ -30,8 +32,14 @@ def set_adapter(module: nn.Module, name: str) -> None:
 
 @contextlib.contextmanager
 def disable_adapter(module: nn.Module) -> Iterator[None]:
-    """Run the base model alone inside the block; afterwards the adapters are as they were."""
-    layers = [layer for layer in _require(module).values() if not layer.disable_adapters]
+    """Run the base model alone inside the block; afterwards the adapters are as they were.
+
+    Raises:
+        ValueError: adapters are merged.
+    """
+    adapted = _require(module)
+    _refuse_merged(adapted)
+    layers = [layer for layer in adapted.values() if not layer.disable_adapters]
     for layer in layers:
         layer.enable_adapters(False)
     try:
@@ -49,20 +57,22 @@ def merge(module: nn.Module, safe: bool = True, *, keep_copy: bool = False) -> N
 
     Args:
         module: has adapters.
-        safe: look for NaN and infinity first, and change nothing if there are any.
+        safe: look for NaN and infinity in the sums first, and change nothing if there are any.
         keep_copy: keep the weight, so that :func:`unmerge` restores it to the last bit; otherwise within rounding.
 
     Raises:
-        ValueError: a merged weight would not be finite, or adapters are merged already.
+        ValueError: a merged weight would not be finite, is shared with another module, or cannot be changed; or
+            adapters are merged already. Nothing has changed then.
     """
-    layers = _require(module)
+    layers = {name: layer for name, layer in _require(module).items() if _names(layer)}
+    if not layers:
+        raise ValueError("No adapter is active: there is nothing to merge. Call set_adapter first.")
     if any(layer.merged for layer in layers.values()):
         raise ValueError("Adapters are merged already: merging them again would add them twice. Call unmerge first.")
+    _refuse_shared(module, layers)
     with torch.no_grad():
-        if safe:
-            for name, layer in layers.items():
-                if not all(torch.isfinite(each).all() for each in _factors(layer)):
-                    raise ValueError(f"The adapter of {name!r} is not finite: nothing was merged. Train it anew.")
+        for name, layer in layers.items():
+            _check_merge(name, layer, safe)
         errors = {name: _merge_layer(layer, safe, keep_copy) for name, layer in layers.items()}
     worst = max(errors, key=lambda name: errors[name])
     if errors[worst] > 0:
@@ -90,7 +100,7 @@ def unmerge(module: nn.Module) -> None:
                 layer.merged_adapters.clear()
             elif isinstance(layer, LoRAFALinear):
                 weight_NK = _dense_weight(layer)
-                weight_NK.sub_(_delta(layer).to(weight_NK.dtype))
+                weight_NK.sub_(_delta(layer, layer.merged_adapters).to(weight_NK.dtype))
                 layer.merged_adapters.clear()
             else:
                 layer.unmerge()
@@ -116,11 +126,9 @@ def _merge_layer(layer: Any, safe: bool, keep_copy: bool) -> float:
     """Merge one layer and return the relative error of its weight."""
     base = layer.base_layer
     ordinary, other = dense(base), compressed(base)
-    if ordinary is None and other is None and isinstance(layer, LoRAFALinear):
-        raise ValueError(f"The weight of a {type(base).__name__} cannot be changed here. Keep the adapter apart.")
     before, wanted = base.weight, None
     if ordinary is None and other is not None:
-        wanted = other.weight(torch.float32) + _delta(layer)
+        wanted = other.weight(torch.float32) + _delta(layer, _names(layer))
     if keep_copy or wanted is not None:
         layer.__dict__["_unmerged"] = _remember(base)
         if ordinary is not None:
@@ -129,11 +137,11 @@ def _merge_layer(layer: Any, safe: bool, keep_copy: bool) -> float:
         layer.merge(safe_merge=safe)
     elif wanted is not None:
         base.weight = _quantise_like(before, wanted)
-        layer.merged_adapters.extend(layer.active_adapters)
+        layer.merged_adapters.extend(_names(layer))
     else:
         weight_NK = _dense_weight(layer)
-        weight_NK.add_(_delta(layer).to(weight_NK.dtype))
-        layer.merged_adapters.extend(layer.active_adapters)
+        weight_NK.add_(_delta(layer, _names(layer)).to(weight_NK.dtype))
+        layer.merged_adapters.extend(_names(layer))
     if wanted is None:
         return 0.0
     now = compressed(base)
@@ -172,14 +180,45 @@ def _quantise_like(old: Any, wanted: Tensor) -> nn.Parameter:
     return new
 
 
-def _factors(layer: Any) -> list[Tensor]:
-    return [half[name].weight for name in layer.active_adapters for half in (layer.lora_A, layer.lora_B)]
+def _check_merge(name: str, layer: Any, safe: bool) -> None:
+    """Raise before anything has changed."""
+    base = layer.base_layer
+    ordinary, other = dense(base), compressed(base)
+    known = ordinary is not None or (other is not None and type(base.weight).__name__ in ("Params4bit", "Int8Params"))
+    if isinstance(layer, LoRAFALinear) and not known:
+        raise ValueError(f"The weight of {name!r}, a {type(base).__name__}, cannot be changed. Keep the adapter apart.")
+    if not safe:
+        return
+    sum_NK = _delta(layer, _names(layer))
+    if ordinary is not None:
+        sum_NK = (ordinary.weight + sum_NK).to(ordinary.weight.dtype)
+    if not torch.isfinite(sum_NK).all():
+        raise ValueError(f"With its adapter, {name!r} is not finite: nothing was merged. Train it anew.")
 
 
-def _delta(layer: Any) -> Tensor:
-    """The sum of ``s B A`` over the active adapters, (N, K), in float32 or better."""
+def _refuse_shared(module: nn.Module, layers: dict[str, Any]) -> None:
+    holders = Counter(id(each) for _, each in module.named_parameters(remove_duplicate=False))
+    for name, layer in layers.items():
+        if holders[id(layer.base_layer.weight)] > 1:
+            raise ValueError(
+                f"The weight of {name!r} is also another module's: merging would change that one, too. Give the layer "
+                "a copy of its weight first, or keep the adapter apart."
+            )
+
+
+def _refuse_merged(layers: dict[str, Any]) -> None:
+    if any(layer.merged for layer in layers.values()):
+        raise ValueError("Adapters are merged: the base cannot be told apart from them. Call unmerge first.")
+
+
+def _names(layer: Any) -> list[str]:
+    return [name for name in layer.active_adapters if name in layer.lora_A]
+
+
+def _delta(layer: Any, names: list[str]) -> Tensor:
+    """The sum of ``s B A`` over adapters, (N, K), in float32 or better."""
     total: Tensor | None = None
-    for name in layer.active_adapters:
+    for name in names:
         down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
         wide = torch.promote_types(down.dtype, torch.float32)
         product = (up.to(wide) @ down.to(wide)) * layer.scaling[name]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_efficient.lora_fa import activation as lean_activation
 from lightning_efficient.lora_fa.gated_mlp import GATES, adapted_gated_mlp
-from lightning_efficient.lora_fa.layer import LeanLinear, LoRAFALinear
+from lightning_efficient.lora_fa.layer import LeanLinear, LoRAFALinear, watched
 from lightning_efficient.lora_fa.norm import rms_norm
 from lightning_efficient.lora_fa.swap import swap, swap_back
 
@@ -37,7 +37,7 @@ class LeanGatedMLP:
         linears = [getattr(self, name) for name in _LINEARS]
         operands = [each.operand() if isinstance(each, LeanLinear) else None for each in linears]
         gate, up, down = operands
-        if gate is None or up is None or down is None or args or kwargs or _hooked(linears):
+        if gate is None or up is None or down is None or args or kwargs or any(map(watched, linears)):
             y: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
             return y
         return adapted_gated_mlp(x, gate, up, down, self.lora_fa_activation)
@@ -50,7 +50,8 @@ class LeanRMSNorm:
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the normalised ``x``, (..., D)."""
-        if self.weight.requires_grad:
+        # Modules differ in whether they compute float64 in float64, and nobody trains in it.
+        if self.weight.requires_grad or x.dtype == torch.float64:
             y: Tensor = super().forward(x)  # type: ignore[misc]
             return y
         return rms_norm(x, self.weight, _eps(self))
@@ -140,26 +141,36 @@ def _swap_if_equal(module: nn.Module, mixin: type, trial: dict[str, nn.Module | 
             size of model, and needs neither its device nor its weights.
     """
     kept = {name: getattr(module, name) for name in trial}
-    training = module.training
+    modes = {child: child.training for child in module.modules()}
     module.eval()
     equal = False
     try:
-        for name, each in trial.items():
-            setattr(module, name, each)
         with torch.no_grad():
-            x = torch.randn(2, 3, _TRIAL_WIDTH, generator=torch.Generator().manual_seed(0))
-            before = module(x)
-            swap(module, mixin)
-            equal = torch.allclose(before, module(x), rtol=1e-5, atol=1e-6)
+            equal = all(_equal(module, mixin, trial, dtype) for dtype in (torch.float32, torch.bfloat16))
     except (RuntimeError, TypeError, ValueError, AttributeError):
-        equal = False  # it is not what its names make it look like
+        pass  # it is not what its names make it look like
     finally:
-        for name, each in kept.items():
-            setattr(module, name, each)
-        module.train(training)
-    if not equal:
-        swap_back(module)
+        for name, own in kept.items():
+            setattr(module, name, own)
+        for child, training in modes.items():
+            child.training = training
+    if equal:
+        swap(module, mixin)
     return equal
+
+
+def _equal(module: nn.Module, mixin: type, trial: dict[str, nn.Module | nn.Parameter], dtype: torch.dtype) -> bool:
+    """Whether both forwards give the same bits: in a narrow dtype, one that rounds elsewhere does not."""
+    for name, each in trial.items():
+        one = each if isinstance(each, nn.Module) else nn.Parameter(each.to(dtype), requires_grad=False)
+        setattr(module, name, one.to(dtype) if isinstance(one, nn.Module) else one)
+    x = torch.randn(2, 3, _TRIAL_WIDTH, generator=torch.Generator().manual_seed(0)).to(dtype)
+    before = module(x)
+    swap(module, mixin)
+    try:
+        return torch.equal(before, module(x))
+    finally:
+        swap_back(module)
 
 
 def _trial_linears() -> dict[str, nn.Module | nn.Parameter]:
@@ -186,7 +197,3 @@ def _trial_gain() -> nn.Parameter:
 
 def _eps(norm: Any) -> Any:
     return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
-
-
-def _hooked(modules: list[Any]) -> bool:
-    return any(each._forward_hooks or each._forward_pre_hooks or each._backward_hooks for each in modules)

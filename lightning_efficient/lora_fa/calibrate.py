@@ -42,15 +42,21 @@ def calibrate(
         reduce: sums a tensor over ranks.
 
     Raises:
-        ValueError: a layer saw no batch, or too few rows for its rank.
+        ValueError: a layer saw no batch, or too few rows for its rank, or has a B that is not zero.
     """
     layers: dict[str, Any] = {n: layer for n, layer in adapted_layers(module).items() if adapter_name in layer.lora_A}
+    for name, layer in layers.items():
+        if layer.lora_B[adapter_name].weight.any():
+            raise ValueError(
+                f"The adapter of {name!r} was trained already: another A would change the model. Calibrate before "
+                "training, right after apply_lora_fa."
+            )
     make = _InputProduct if method == "eva" else _GradientProduct
     products = {}
     for name, layer in layers.items():
         down = layer.lora_A[adapter_name].weight
         start_KQ = sketch(down.shape[1], down.shape[0], layer_generator(seed, f"{name}/calibrate")).to(down.device)
-        products[name] = make(layer, start_KQ)
+        products[name] = make(layer, start_KQ, adapter_name)
     for _ in range(make.passes):
         handles = [handle for product in products.values() for handle in product.watch()]
         try:
@@ -59,7 +65,7 @@ def calibrate(
             for handle in handles:
                 handle.remove()
         for name, product in products.items():
-            product.turn(reduce(product.sum), name)
+            product.turn(reduce(product.sum), int(reduce(product.rows)), name)
     with torch.no_grad():
         for name, layer in layers.items():
             down = layer.lora_A[adapter_name].weight
@@ -69,16 +75,23 @@ def calibrate(
 class _Product:
     passes = 2
 
-    def __init__(self, layer: Any, start_KQ: Tensor) -> None:
-        self.layer = layer
+    def __init__(self, layer: Any, start_KQ: Tensor, adapter_name: str) -> None:
+        self.layer, self.adapter_name = layer, adapter_name
         self.basis = start_KQ
         self.sum = torch.zeros_like(start_KQ)
+        self.rows = torch.zeros((), dtype=torch.int64, device=start_KQ.device)
 
-    def turn(self, total: Tensor, name: str) -> None:
+    def turn(self, total: Tensor, rows: int, name: str) -> None:
         if not torch.isfinite(total).all():
             raise ValueError(f"The calibration batches gave {name!r} values that are not finite. Check the data.")
         if not total.any():
             raise ValueError(f"No calibration batch reached {name!r}: its A cannot be chosen. Use init='orthogonal'.")
+        rank = self.layer.r[self.adapter_name]
+        if rows < rank:
+            raise ValueError(
+                f"The calibration batches gave {name!r} {rows} rows for its rank {rank}: they say nothing of the other "
+                "directions. Give more batches, or lower r."
+            )
 
 
 class _InputProduct(_Product):
@@ -86,15 +99,17 @@ class _InputProduct(_Product):
 
     def watch(self) -> list[RemovableHandle]:
         self.sum = torch.zeros_like(self.basis)
+        self.rows.zero_()
         return [self.layer.register_forward_pre_hook(self._add)]
 
     def _add(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
         with torch.no_grad():
             x_TK = args[0].detach().reshape(-1, args[0].shape[-1]).to(self.basis.dtype)
             self.sum += x_TK.t() @ (x_TK @ self.basis)
+            self.rows += len(x_TK)
 
-    def turn(self, total: Tensor, name: str) -> None:
-        super().turn(total, name)
+    def turn(self, total: Tensor, rows: int, name: str) -> None:
+        super().turn(total, rows, name)
         self.previous, self.basis, self.sum = self.basis, torch.linalg.qr(total).Q, total
 
     def directions(self, rank: int) -> Tensor:
@@ -106,8 +121,8 @@ class _InputProduct(_Product):
 class _GradientProduct(_Product):
     r"""A sketch of G: first the range of :math:`G \Omega`, then :math:`P^\top G` in the orthonormal basis P of it."""
 
-    def __init__(self, layer: Any, start_KQ: Tensor) -> None:
-        super().__init__(layer, start_KQ)
+    def __init__(self, layer: Any, start_KQ: Tensor, adapter_name: str) -> None:
+        super().__init__(layer, start_KQ, adapter_name)
         self.range_NQ: Tensor | None = None
 
     def watch(self) -> list[RemovableHandle]:
@@ -116,6 +131,7 @@ class _GradientProduct(_Product):
             (outputs, self.basis.shape[1]) if self.range_NQ is None else (self.range_NQ.shape[1], self.basis.shape[0])
         )
         self.sum = self.basis.new_zeros(shape)
+        self.rows.zero_()
         return [self.layer.register_forward_hook(self._listen)]
 
     def _listen(self, layer: nn.Module, args: tuple[Any, ...], y: Tensor) -> None:
@@ -127,13 +143,14 @@ class _GradientProduct(_Product):
 
     def _add(self, x_TK: Tensor, rows: Tensor, dy: Tensor) -> None:
         dy_TN = dy.detach().reshape(-1, dy.shape[-1])[rows].to(x_TK.dtype)
+        self.rows += len(x_TK)
         if self.range_NQ is None:
             self.sum += dy_TN.t() @ (x_TK @ self.basis)
         else:
             self.sum += (dy_TN @ self.range_NQ).t() @ x_TK
 
-    def turn(self, total: Tensor, name: str) -> None:
-        super().turn(total, name)
+    def turn(self, total: Tensor, rows: int, name: str) -> None:
+        super().turn(total, rows, name)
         self.sum = total
         if self.range_NQ is None:
             self.range_NQ = torch.linalg.qr(total).Q

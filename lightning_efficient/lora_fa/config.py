@@ -130,6 +130,11 @@ def matches(name: str, wanted: str | Sequence[str] | None) -> bool:
     return any(name == each or name.endswith(f".{each}") for each in wanted)
 
 
+def exactly(names: Sequence[str]) -> str:
+    """Return a regular expression that matches these names and no others."""
+    return "|".join(map(re.escape, names))
+
+
 def _by_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
     for pattern, value in patterns.items():
         if re.match(rf"(.*\.)?({pattern})$", name):

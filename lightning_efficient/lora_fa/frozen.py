@@ -28,12 +28,15 @@ class Dense(NamedTuple):
 
 def is_linear(module: nn.Module) -> bool:
     """Whether an adapter can sit on the module: a linear of torch, transformers, bitsandbytes or torchao."""
-    return isinstance(module, nn.Linear) or _is_conv1d(module)
+    # What nn.MultiheadAttention ends in is never called: its weight is read.
+    return stored_transposed(module) or (
+        isinstance(module, nn.Linear) and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+    )
 
 
 def sizes(module: nn.Module) -> tuple[int, int]:
     """Return (N, K) of a linear."""
-    if _is_conv1d(module):
+    if stored_transposed(module):
         stored: Any = module.weight
         return int(stored.shape[1]), int(stored.shape[0])
     assert isinstance(module, nn.Linear)
@@ -44,16 +47,16 @@ def dense(module: nn.Module) -> Dense | None:
     """Return the weight and bias of a module that is an ordinary linear and nothing else, None for others."""
     weight: Any = getattr(module, "weight", None)
     bias: Any = getattr(module, "bias", None)
-    if type(weight) not in (nn.Parameter, Tensor) or not weight.is_floating_point():
+    if type(weight) not in (nn.Parameter, Tensor) or not weight.is_floating_point() or _replaced(module):
         return None
-    if _is_conv1d(module):
+    if stored_transposed(module):
         return Dense(weight.t(), bias)
     return Dense(weight, bias) if type(module).forward is nn.Linear.forward else None
 
 
 def compressed(module: nn.Module) -> FrozenLinear | None:
     """Return the view of a quantised linear, None where it is of no kind known here."""
-    if not isinstance(module, nn.Linear):
+    if not isinstance(module, nn.Linear) or _replaced(module):
         return None
     kinds = {base.__module__.partition(".")[0] + "." + base.__name__ for base in type(module).__mro__}
     if "bitsandbytes.Linear4bit" in kinds:
@@ -124,11 +127,16 @@ class _Dequantizable:
         return whole.to(dtype)
 
 
+def _replaced(module: nn.Module) -> bool:
+    """Whether the module has another forward than its class, as accelerate gives it to load weights when needed."""
+    return "forward" in vars(module)
+
+
 def _plain(module: nn.Linear) -> bool:
     return type(module.weight) in (nn.Parameter, Tensor)
 
 
-def _is_conv1d(module: nn.Module) -> bool:
-    """Whether it is transformers' transposed linear, recognised without importing transformers."""
+def stored_transposed(module: nn.Module) -> bool:
+    """Whether it is transformers' Conv1D, a linear whose weight is (K, N); told without importing transformers."""
     kind = type(module)
     return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"

@@ -186,6 +186,7 @@ def forward_linear(x: Tensor, tensors: Tensors, setting: Setting) -> tuple[Tenso
         if tensors.weight_NK is not None:
             weight_NK, bias_N = _cast(tensors.weight_NK, cast), _cast(tensors.bias_N, cast)
             y = F.linear(x, weight_NK, bias_N)  # type: ignore[arg-type]
+        y = y.contiguous()  # a base of the caller's may return another memory order
         dtype = _adapter_dtype(x, tensors.A_RK) if cast is None else cast
         h_TR = down(x.reshape(-1, x.shape[-1]), tensors, setting, dtype)
         add_product(y.view(-1, y.shape[-1]), h_TR, tensors.B_NR.to(dtype), setting.scale)

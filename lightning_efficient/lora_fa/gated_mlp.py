@@ -122,8 +122,8 @@ class _GatedMLP(torch.autograd.Function):
     @once_differentiable
     @override
     def backward(ctx: Any, dy: Tensor) -> Any:
-        e, g, *hidden = ctx.saved_tensors[:5]
-        operands = _unflatten(ctx.saved_tensors[5:])
+        saved = ctx.saved_tensors  # once: checkpointing refuses to unpack a tensor again
+        (e, g, *hidden), operands = saved[:5], _unflatten(saved[5:])
         with torch.autocast(dy.device.type, enabled=False):
             dx, gradients = _backward(ctx, dy, e, g, hidden, operands)
         flat: list[Tensor | None] = []
@@ -146,7 +146,9 @@ def _backward(
 
     u_down_TR, dB_down = up_gradients(dy_TD, hidden[2], B[2], settings[2].scale, dB=wants[2])
     assert u_down_TR is not None
-    gradients: list[Tensor | None] = [torch.zeros_like(B[i]) if wants[i] else None for i in (0, 1)]
+    # Sums over blocks are wide: rounding each partial sum to bfloat16 would lose more with every block.
+    wide = torch.promote_types(B[0].dtype, torch.float32)
+    gradients: list[Tensor | None] = [torch.zeros_like(B[i], dtype=wide) if wants[i] else None for i in (0, 1)]
     rows = dy_TD.shape[0]
     dx_TD = torch.empty(rows, ctx.x_shape[-1], dtype=ctx.x_dtype, device=dy.device) if wants_x else None
     for start, stop in row_blocks(e_TF):

@@ -49,7 +49,7 @@ def orthonormal_rows(A_RK: Tensor) -> Tensor:
     """
     Q_KR, L_RR = torch.linalg.qr(A_RK.double().t())
     diagonal_R = L_RR.diagonal()
-    if diagonal_R.abs().min() < 1e-6 * diagonal_R.abs().max():
+    if not diagonal_R.abs().min() > 1e-6 * diagonal_R.abs().max():  # true of NaN, too
         raise ValueError("The rows of A are linearly dependent: the adapter's rank would be lower than r. Lower r.")
     Q_RK: Tensor = (Q_KR * diagonal_R.sign()).t()
     return Q_RK.to(A_RK.dtype).contiguous()

@@ -86,6 +86,7 @@ def apply_lora_fa(
         peft_bridge.inject(module, config, adapter_name)
     else:
         _inject(module, config, adapter_name)
+    _keep_off_fast_path(module)
     for layer in adapted_layers(module).values():
         layer.lora_fa_dropout_mode = config.dropout_mode
     train_only_adapters(module, config)
@@ -127,6 +128,8 @@ def why_not_lean(layer: Any) -> str | None:
     """Return why an adapted layer runs its own forward; None where it is lean."""
     if not isinstance(layer, LeanLinear):
         return "lean is off"
+    if any(hasattr(p, "full_tensor") for p in nn.Module.parameters(layer)):  # type: ignore[arg-type]
+        return None  # sharded by the block around it, which makes it whole before it runs
     return layer.why_plain()
 
 
@@ -168,8 +171,9 @@ def target_names(module: nn.Module, config: LoRAFAConfig) -> list[str]:
     Raises:
         ValueError: none matches.
     """
-    linears = {name: each for name, each in module.named_modules() if is_linear(each) and name}
-    inside = tuple(f"{name}." for name in adapted_layers(module))
+    adapted = adapted_layers(module)
+    linears = {name: each for name, each in module.named_modules() if (is_linear(each) or name in adapted) and name}
+    inside = tuple(f"{name}." for name in adapted)
     linears = {name: each for name, each in linears.items() if not name.startswith(inside)}
     all_linear = config.target_modules == "all-linear"
     left_out = _heads(module) if all_linear else set()
@@ -187,6 +191,7 @@ def target_names(module: nn.Module, config: LoRAFAConfig) -> list[str]:
             f"target_modules={config.target_modules!r} (without {config.exclude_modules!r}) matches no linear: nothing "
             f"would be adapted. The linears here are {some}; name some of them."
         )
+    _warn_of_second_places(module, names)
     return names
 
 
@@ -194,8 +199,13 @@ def initial_A(name: str, layer: nn.Module, config: LoRAFAConfig) -> Tensor:
     """Return A, (R, K), of the layer called ``name``, on its device in the adapters' dtype.
 
     Raises:
-        ValueError: the rank is above the layer's size.
+        ValueError: the rank is above the layer's size, or its weight is sharded.
     """
+    if hasattr(layer.weight, "full_tensor"):
+        raise ValueError(
+            f"The weight of {name!r} is sharded already: adapters have to be there before fully_shard. Call "
+            "apply_lora_fa in configure_model, before it."
+        )
     size_N, size_K = sizes(layer)
     rank = config.rank_of(name)
     if rank > min(size_N, size_K):
@@ -215,46 +225,60 @@ def layer_generator(seed: int, name: str) -> torch.Generator:
 
 
 def _inject(module: nn.Module, config: LoRAFAConfig, adapter_name: str) -> None:
-    existing = {n: layer for n, layer in adapted_layers(module).items() if isinstance(layer, LoRAFALinear)}
-    if existing:
-        for name, layer in existing.items():
-            if adapter_name not in layer.lora_A:
-                _add(layer, layer.base_layer, name, config, adapter_name)
+    existing = adapted_layers(module)
+    if any(not isinstance(layer, LoRAFALinear) for layer in existing.values()):
+        raise ValueError(
+            "The model has PEFT's adapters already, and backend is 'native'. Use backend='peft' or 'auto'."
+        )
+    if any(adapter_name in layer.lora_A for layer in existing.values()):
         return
     if is_linear(module):
         raise ValueError(
             f"The model is a single {type(module).__name__}: adapters replace linears inside a module, and this one "
             "has no parent here. Wrap it, for example in torch.nn.Sequential."
         )
-    for name in target_names(module, config):
-        linear = module.get_submodule(name)
-        if hasattr(linear.weight, "full_tensor"):
-            raise ValueError(
-                f"The weight of {name!r} is sharded already: adapters have to be there before fully_shard. Call "
-                "apply_lora_fa in configure_model, before it."
-            )
-        A_RK = initial_A(name, linear, config)
-        layer = LoRAFALinear(linear)
-        _add(layer, linear, name, config, adapter_name, A_RK)
+    # Everything that can be refused is, before the first layer changes.
+    drawn = {
+        name: initial_A(name, base_of(module.get_submodule(name)), config) for name in target_names(module, config)
+    }
+    for name, A_RK in drawn.items():
+        found = module.get_submodule(name)
+        layer = found if isinstance(found, LoRAFALinear) else LoRAFALinear(found)
+        layer.add_adapter(
+            adapter_name, A_RK, scale=config.scale_of(name), alpha=config.alpha_of(name), dropout=config.dropout
+        )
         parent, _, last = name.rpartition(".")
         setattr(module.get_submodule(parent), last, layer)
+    for layer in existing.values():
+        layer.set_adapter(adapter_name)
 
 
-def _add(
-    layer: LoRAFALinear,
-    linear: nn.Module,
-    name: str,
-    config: LoRAFAConfig,
-    adapter_name: str,
-    A_RK: Tensor | None = None,
-) -> None:
-    layer.add_adapter(
-        adapter_name,
-        A_RK if A_RK is not None else initial_A(name, linear, config),
-        scale=config.scale_of(name),
-        alpha=config.alpha_of(name),
-        dropout=config.dropout,
-    )
+def base_of(module: nn.Module) -> nn.Module:
+    """Return the linear inside an adapted layer; another module as it is."""
+    base: nn.Module = getattr(module, "base_layer", module)
+    return base
+
+
+def _warn_of_second_places(module: nn.Module, names: list[str]) -> None:
+    places: dict[int, dict[tuple[int, str], str]] = {}
+    for name, each in module.named_modules(remove_duplicate=False):
+        parent, _, last = name.rpartition(".")
+        places.setdefault(id(each), {})[id(module.get_submodule(parent)), last] = name
+    for name in names:
+        others = [each for each in places[id(module.get_submodule(name))].values() if each != name]
+        if len(others) > 0 and len(places[id(module.get_submodule(name))]) > 1:
+            warnings.warn(
+                f"{name!r} is also {others[0]!r}: only the first gets an adapter, as in PEFT. Give the other a linear "
+                "of its own, or name the first in exclude_modules.",
+                stacklevel=4,
+            )
+
+
+def _keep_off_fast_path(module: nn.Module) -> None:
+    """In eval mode, torch's encoder layers read the weights of their linears and never call them, unless told so."""
+    for each in module.modules():
+        if isinstance(each, nn.TransformerEncoderLayer) and adapted_layers(each):
+            each.activation_relu_or_gelu = 0
 
 
 def _uses_peft(module: nn.Module, config: LoRAFAConfig) -> bool:

@@ -26,10 +26,12 @@ class AdapterLinear(nn.Linear):
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        before = self.weight.detach()
+        before, gradient = self.weight.detach(), self.weight.grad
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.weight.dtype != before.dtype:
+            self.weight.grad = None
             self.weight.data = before.to(self.weight.device)
+            self.weight.grad = None if gradient is None else gradient.to(self.weight)
         return self
 
 
@@ -37,7 +39,7 @@ class LeanLinear:
     """The lean forward of a layer with the attributes of :class:`LoRAFALinear`; a base of :func:`swap`.
 
     Where the lean function does not hold (no or several active adapters, a merged or disabled one, a trainable base,
-    hooks on A or B, a variant such as DoRA), the layer's own forward runs.
+    hooks on A, B or the base, a variant such as DoRA), the layer's own forward runs.
     """
 
     base_layer: nn.Module
@@ -86,8 +88,10 @@ class LeanLinear:
         if self.disable_adapters or self.merged:
             return "adapters are disabled or merged"
         active = self.active_adapters
-        if len(active) != 1 or active[0] not in self.lora_A:
+        if len(active) != 1:
             return f"{len(active)} adapters are active"
+        if active[0] not in self.lora_A:
+            return f"it has no adapter {active[0]!r}"
         down, up = self.lora_A[active[0]], self.lora_B[active[0]]
         if hasattr(down.weight, "full_tensor"):
             raise RuntimeError(
@@ -102,8 +106,8 @@ class LeanLinear:
             return "B has a bias"
         if any(p.requires_grad for p in self.base_layer.parameters()):
             return "the base is trainable"
-        if _watched(down) or _watched(up):
-            return "hooks watch A or B"
+        if watched(down) or watched(up) or watched(self.base_layer):
+            return "hooks watch A, B or the base"
         if dense(self.base_layer) is None and compressed(self.base_layer) is None:
             return f"the base, {type(self.base_layer).__name__}, is not known"
         return None
@@ -125,7 +129,7 @@ class LeanLinear:
 
 
 class LoRAFALinear(nn.Module):
-    """A linear with named adapters, in plain operations: the layer of the native backend, before :func:`swap`.
+    """A linear with named adapters, in plain operations: the layer of the native backend, before it is made lean.
 
     Args:
         base_layer: the linear to adapt; its parameters are frozen.
@@ -178,20 +182,18 @@ class LoRAFALinear(nn.Module):
         with torch.no_grad():
             down.weight.copy_(A_RK)
             up.weight.zero_()
-        self.lora_A[name], self.lora_B[name] = down, up
-        self.lora_dropout[name] = nn.Dropout(dropout) if dropout else nn.Identity()
+        dropped = nn.Dropout(dropout) if dropout else nn.Identity()
+        for parts, each in ((self.lora_A, down), (self.lora_B, up), (self.lora_dropout, dropped)):
+            parts[name] = each.train(self.training)
         self.scaling[name], self.r[name], self.lora_alpha[name] = scale, rank, alpha
         self.set_adapter(name)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Make adapters the active ones: their B trains, the others' does not.
 
-        Raises:
-            ValueError: there is no such adapter.
+        Names that this layer does not have count as adapters of other layers, as in PEFT.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        if unknown := [name for name in names if name not in self.lora_A]:
-            raise ValueError(f"There is no adapter {unknown[0]!r}: this layer has {', '.join(self.lora_A)}. Use one.")
         self.active_adapters = names
         for name in self.lora_A:
             self.lora_A[name].requires_grad_(False)
@@ -209,6 +211,8 @@ class LoRAFALinear(nn.Module):
             return y
         dtype = y.dtype
         for name in self.active_adapters:
+            if name not in self.lora_A:
+                continue
             wide = x if torch.is_autocast_enabled(x.device.type) else x.to(next(self.lora_A[name].parameters()).dtype)
             y = y + self.lora_B[name](self.lora_A[name](self.lora_dropout[name](wide))) * self.scaling[name]
         return y.to(dtype)
@@ -218,6 +222,7 @@ class LoRAFALinear(nn.Module):
         return ", ".join(f"{name}: r={rank}, scale={self.scaling[name]:g}" for name, rank in self.r.items())
 
 
-def _watched(module: nn.Module) -> bool:
+def watched(module: nn.Module) -> bool:
     """Whether someone wants to see the module called, as Eva's capture does."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks)

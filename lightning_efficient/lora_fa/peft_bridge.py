@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_efficient.lora_fa.config import LoRAFAConfig
-from lightning_efficient.lora_fa.inject import adapted_layers, initial_A, target_names
-from lightning_efficient.lora_fa.layer import AdapterLinear
+from lightning_efficient.lora_fa.config import LoRAFAConfig, exactly
+from lightning_efficient.lora_fa.frozen import stored_transposed
+from lightning_efficient.lora_fa.inject import adapted_layers, base_of, initial_A, target_names
+from lightning_efficient.lora_fa.layer import AdapterLinear, LoRAFALinear
 
 
 def inject(module: nn.Module, config: LoRAFAConfig, adapter_name: str) -> None:
@@ -21,18 +22,25 @@ def inject(module: nn.Module, config: LoRAFAConfig, adapter_name: str) -> None:
         ModuleNotFoundError: PEFT is not installed.
     """
     peft = require_peft()
-    there = {name: layer for name, layer in adapted_layers(module).items() if adapter_name in layer.lora_A}
-    if not there:
+    existing = adapted_layers(module)
+    if any(isinstance(layer, LoRAFALinear) for layer in existing.values()):
+        raise ValueError("The model has adapters of backend='native' already, and backend is 'peft'. Use one of them.")
+    if not any(adapter_name in layer.lora_A for layer in existing.values()):
         names = target_names(module, config)
-        drawn = {name: initial_A(name, _base(module, name), config) for name in names}
+        drawn = {name: initial_A(name, base_of(module.get_submodule(name)), config) for name in names}
         _tell_peft_of_quantisation(module)
-        peft.inject_adapter_in_model(lora_config(peft, config, names), module, adapter_name=adapter_name)
+        transposed = all(stored_transposed(base_of(module.get_submodule(name))) for name in names)
+        peft.inject_adapter_in_model(
+            lora_config(peft, config, names, transposed=transposed), module, adapter_name=adapter_name
+        )
         for name, A_RK in drawn.items():
             layer: Any = module.get_submodule(name)
             with torch.no_grad():
                 layer.lora_A[adapter_name].weight.data = A_RK
                 layer.lora_B[adapter_name].to(A_RK.dtype)
                 layer.lora_B[adapter_name].weight.zero_()
+        for layer in adapted_layers(module).values():
+            layer.set_adapter(adapter_name)
     for each in adapted_layers(module).values():
         for half in (each.lora_A, each.lora_B):
             for linear in half.values():
@@ -40,12 +48,16 @@ def inject(module: nn.Module, config: LoRAFAConfig, adapter_name: str) -> None:
                     linear.__class__ = AdapterLinear
 
 
-def lora_config(peft: Any, config: LoRAFAConfig, names: list[str]) -> Any:
-    """Return PEFT's configuration of the same adapters on the linears called ``names``."""
+def lora_config(peft: Any, config: LoRAFAConfig, names: list[str], *, transposed: bool = False) -> Any:
+    """Return PEFT's configuration of the same adapters on the linears called ``names``, and on no others.
+
+    A list would match the ends of names, too, so the names become a regular expression.
+    """
     return peft.LoraConfig(
         r=config.r,
         lora_alpha=config.alpha,
-        target_modules=names,
+        target_modules=exactly(names),
+        fan_in_fan_out=transposed,
         lora_dropout=config.dropout,
         use_rslora=config.use_rslora,
         rank_pattern=dict(config.rank_pattern),
@@ -68,11 +80,6 @@ def require_peft() -> Any:
             "pip install 'lightning-efficient[peft]', or use backend='native'."
         ) from error
     return peft
-
-
-def _base(module: nn.Module, name: str) -> nn.Module:
-    linear = module.get_submodule(name)
-    return getattr(linear, "base_layer", linear)
 
 
 def _tell_peft_of_quantisation(module: nn.Module) -> None:

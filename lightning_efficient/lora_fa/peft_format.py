@@ -12,27 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lightning_efficient.lora_fa.config import LoRAFAConfig
-from lightning_efficient.lora_fa.inject import ADAPTER_NAME, LoRAFAReport, adapted_layers, apply_lora_fa, is_adapter_key
+from lightning_efficient.lora_fa.config import exactly
+from lightning_efficient.lora_fa.frozen import is_linear, stored_transposed
+from lightning_efficient.lora_fa.inject import ADAPTER_NAME, adapted_layers, base_of, is_adapter_key
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
-_REFUSED = {
-    "use_dora": False,
-    "lora_bias": False,
-    "bias": "none",
-    "fan_in_fan_out": None,
-    "layer_replication": None,
-    "megatron_config": None,
-    "trainable_token_indices": None,
-    "target_parameters": None,
-    "alora_invocation_tokens": None,
-}
-"""Settings of PEFT that an adapter here cannot have, and the values that are fine."""
+PREFIX = "base_model.model."
 
 
 def export_peft(module: nn.Module, folder: str | Path, *, adapter_name: str = ADAPTER_NAME) -> Path:
@@ -49,7 +38,8 @@ def export_peft(module: nn.Module, folder: str | Path, *, adapter_name: str = AD
         The folder.
 
     Raises:
-        ValueError: there are no such adapters, or they are sharded or not finite.
+        ValueError: there are no such adapters, or they are sharded or not finite; or something trains that PEFT has
+            no place for.
     """
     layers = {name: each for name, each in adapted_layers(module).items() if adapter_name in each.lora_A}
     if not layers:
@@ -57,179 +47,81 @@ def export_peft(module: nn.Module, folder: str | Path, *, adapter_name: str = AD
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         for half in ("lora_A", "lora_B"):
-            tensors[f"{_PREFIX}{name}.{half}.weight"] = _plain(getattr(layer, half)[adapter_name].weight, name)
-    kept = [(n, p) for n, p in module.named_parameters() if p.requires_grad and not is_adapter_key(n)]
-    tensors |= {f"{_PREFIX}{name}": _plain(parameter, name) for name, parameter in kept}
+            tensors[f"{PREFIX}{name}.{half}.weight"] = _plain(getattr(layer, half)[adapter_name].weight, name)
+    trained = {name: each for name, each in module.named_parameters() if each.requires_grad}
+    kept: list[tuple[str, Tensor]] = [(name, each) for name, each in trained.items() if not is_adapter_key(name)]
+    whole = sorted({name.rpartition(".")[0] for name, _ in kept})
+    if "" in whole:
+        raise ValueError(
+            f"{kept[0][0]!r} trains and belongs to the model itself: PEFT's format holds whole modules only. Move it "
+            "into a module, or freeze it before the export."
+        )
+    kept += [(name, each) for name, each in _buffers(module).items() if name.rpartition(".")[0] in whole]
+    tensors |= {f"{PREFIX}{name}": _plain(each, name) for name, each in kept}
+    settings = _settings(module, layers, adapter_name, whole)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    _write_config(_settings(module, layers, adapter_name, sorted({n.rpartition(".")[0] for n, _ in kept})), folder)
+    _write_config(settings, folder)
     return folder
-
-
-def load_peft(
-    module: nn.Module, folder: str | Path, *, adapter_name: str = ADAPTER_NAME, config: LoRAFAConfig | None = None
-) -> LoRAFAReport:
-    """Put the adapters of a PEFT folder into ``module``; A is frozen, even if it was trained before, and B trains on.
-
-    Args:
-        module: the base model, with or without adapters of this shape.
-        folder: with safetensors; nothing in it is executed.
-        adapter_name: of the adapters in ``module``.
-        config: of what the folder does not say (dropout mode, lean, backend ...); its targets, ranks, scales and
-            dropout are taken from the folder.
-
-    Returns:
-        The report of :func:`~lightning_efficient.lora_fa.apply_lora_fa`.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: it is no plain LoRA, keys are missing or unknown, shapes do not fit, or a value is not finite.
-    """
-    folder = Path(folder)
-    settings, tensors = _read(folder)
-    names, saved = _check_keys(module, tensors, folder)
-    ranks = {name: tensors[f"{_PREFIX}{name}.lora_A.weight"].shape[0] for name in names}
-    alphas = {name: _alpha(settings, name) for name in names}
-    base = config if config is not None else LoRAFAConfig()
-    chosen = LoRAFAConfig(
-        **{
-            **base.to_dict(),
-            "target_modules": names,
-            "exclude_modules": None,
-            "init": "kaiming",  # replaced at once, and the cheapest to draw
-            "r": int(settings["r"]),
-            "alpha": float(settings["lora_alpha"]),
-            "dropout": float(settings.get("lora_dropout", 0.0)),
-            "use_rslora": bool(settings.get("use_rslora", False)),
-            "rank_pattern": {re.escape(name): rank for name, rank in ranks.items() if rank != settings["r"]},
-            "alpha_pattern": {
-                re.escape(name): alpha for name, alpha in alphas.items() if alpha != settings["lora_alpha"]
-            },
-            "modules_to_save": sorted({key.rpartition(".")[0] for key in saved}),
-        }
-    )
-    _check_shapes(module, tensors, names, saved)
-    report = apply_lora_fa(module, chosen, adapter_name=adapter_name)
-    parameters = dict(module.named_parameters())
-    with torch.no_grad():
-        for name in names:
-            for half in ("lora_A", "lora_B"):
-                target = parameters[f"{name}.{half}.{adapter_name}.weight"]
-                source = tensors[f"{_PREFIX}{name}.{half}.weight"]
-                if target.shape != source.shape:
-                    raise ValueError(
-                        f"{name}.{half} is {tuple(target.shape)} here and {tuple(source.shape)} in {folder}: the model "
-                        "has an adapter of another rank. Load it into the base model, or under another name."
-                    )
-                target.copy_(source)
-        for key in saved:
-            parameters[key].copy_(tensors[_PREFIX + key])
-    return report
-
-
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"There is no {name} in {str(folder)!r}: it is no PEFT folder. Check the path.")
-    try:
-        settings = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{folder / CONFIG_FILE} is no JSON ({error}). Export the adapter anew.") from error
-    kind = settings.get("peft_type")
-    if kind != "LORA":
-        raise ValueError(f"{folder} holds a {kind} adapter: only LORA can be read here.")
-    for name, fine in _REFUSED.items():
-        if settings.get(name, fine) not in (fine, None, False):
-            raise ValueError(f"{folder} has {name}={settings[name]!r}, which an adapter here cannot have.")
-    try:
-        tensors = load_file(folder / WEIGHTS_FILE)
-    except Exception as error:  # safetensors raises its own kind
-        raise ValueError(f"{folder / WEIGHTS_FILE} cannot be read ({error}). Export the adapter anew.") from error
-    for key, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"{key} in {folder} is not finite: the adapter is broken. Export it anew.")
-    return settings, tensors
-
-
-def _check_keys(module: nn.Module, tensors: dict[str, Tensor], folder: Path) -> tuple[list[str], list[str]]:
-    """Return the names of the layers and of the whole parameters in the file."""
-    if strange := [key for key in tensors if not key.startswith(_PREFIX)]:
-        raise ValueError(f"{folder} has the key {strange[0]!r}: names have to start with {_PREFIX!r}.")
-    keys = [key.removeprefix(_PREFIX) for key in tensors]
-    halves = {
-        half: {k.removesuffix(f".{half}.weight") for k in keys if k.endswith(f".{half}.weight")}
-        for half in ("lora_A", "lora_B")
-    }
-    if lonely := sorted(halves["lora_A"] ^ halves["lora_B"]):
-        missing = "lora_B" if lonely[0] in halves["lora_A"] else "lora_A"
-        raise ValueError(f"{folder} has no {missing} of {lonely[0]!r}: half an adapter cannot be used. Export it anew.")
-    names = sorted(halves["lora_A"])
-    saved = [key for key in keys if not is_adapter_key(f"{key}.")]
-    modules = {name.replace(".base_layer", "") for name, _ in module.named_modules()}
-    if unknown := [name for name in names if name not in modules]:
-        raise ValueError(f"{folder} adapts {unknown[0]!r}, which the model does not have: it is of another model.")
-    parameters = {name for name, _ in module.named_parameters()}
-    if unknown := [key for key in saved if key not in parameters]:
-        raise ValueError(f"{folder} holds {unknown[0]!r}, which the model does not have: it is of another model.")
-    if not names:
-        raise ValueError(f"{folder} holds no lora_A and lora_B: there is nothing to load.")
-    return names, saved
-
-
-def _check_shapes(module: nn.Module, tensors: dict[str, Tensor], names: list[str], saved: list[str]) -> None:
-    from lightning_efficient.lora_fa.frozen import is_linear, sizes
-
-    for name in names:
-        layer = module.get_submodule(name)
-        linear = getattr(layer, "base_layer", layer)
-        if not is_linear(linear):
-            raise ValueError(f"{name!r} is a {type(linear).__name__} here: adapters can sit on linears only.")
-        size_N, size_K = sizes(linear)
-        A, B = (tuple(tensors[f"{_PREFIX}{name}.{half}.weight"].shape) for half in ("lora_A", "lora_B"))
-        if len(A) != 2 or len(B) != 2 or A[1] != size_K or B[0] != size_N or A[0] != B[1]:
-            raise ValueError(
-                f"The adapter of {name!r} has A {A} and B {B}, but the layer has {size_K} inputs and {size_N} outputs: "
-                "it is of another model."
-            )
-    parameters = dict(module.named_parameters())
-    for key in saved:
-        if parameters[key].shape != tensors[_PREFIX + key].shape:
-            raise ValueError(
-                f"{key!r} is {tuple(tensors[_PREFIX + key].shape)} in the folder and {tuple(parameters[key].shape)} in "
-                "the model: it is of another model."
-            )
-
-
-def _alpha(settings: dict[str, Any], name: str) -> float:
-    for pattern, value in settings.get("alpha_pattern", {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return float(value)
-    return float(settings["lora_alpha"])
 
 
 def _settings(module: nn.Module, layers: dict[str, Any], adapter_name: str, to_save: list[str]) -> dict[str, Any]:
     ranks = {name: int(layer.r[adapter_name]) for name, layer in layers.items()}
     alphas = {name: layer.lora_alpha[adapter_name] for name, layer in layers.items()}
-    first = next(iter(layers))
-    scale = layers[first].scaling[adapter_name]
-    rslora = not math.isclose(scale, alphas[first] / ranks[first]) and ranks[first] > 1
+    scales = {name: float(layer.scaling[adapter_name]) for name, layer in layers.items()}
+    rslora = all(math.isclose(scales[name], alphas[name] / math.sqrt(ranks[name])) for name in layers)
+    rslora = rslora and any(rank > 1 for rank in ranks.values())
+    for name, scale in scales.items():  # one that was set by hand needs an alpha of its own
+        divisor = math.sqrt(ranks[name]) if rslora else ranks[name]
+        if not math.isclose(scale, alphas[name] / divisor):
+            alphas[name] = scale * divisor
     rank, alpha = Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0]
-    dropout = getattr(layers[first].lora_dropout[adapter_name], "p", 0.0)
+    dropout = getattr(next(iter(layers.values())).lora_dropout[adapter_name], "p", 0.0)
     config = getattr(module, "config", None)
     return {
         "r": rank,
         "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
-        "target_modules": list(layers),
+        "target_modules": list(layers) if _unambiguous(module, list(layers)) else exactly(list(layers)),
+        "fan_in_fan_out": all(stored_transposed(base_of(layer)) for layer in layers.values()),
         "lora_dropout": dropout,
         "use_rslora": rslora,
-        "rank_pattern": {re.escape(name): each for name, each in ranks.items() if each != rank},
-        "alpha_pattern": {re.escape(name): each for name, each in alphas.items() if each != alpha},
+        "rank_pattern": {only(name): each for name, each in ranks.items() if each != rank},
+        "alpha_pattern": {only(name): each for name, each in alphas.items() if each != alpha},
         "modules_to_save": to_save or None,
         "bias": "none",
         "inference_mode": True,
         "base_model_name_or_path": getattr(config, "_name_or_path", None) or None,
-        "task_type": "CAUSAL_LM" if type(module).__name__.endswith("ForCausalLM") else None,
+        "task_type": "CAUSAL_LM" if _generates(module) else None,
+    }
+
+
+def only(name: str) -> str:
+    """Return a pattern that matches the module called ``name`` alone: PEFT's also match the end of a name."""
+    return f"^{re.escape(name)}"
+
+
+def _unambiguous(module: nn.Module, names: list[str]) -> bool:
+    """Whether a list of names means these alone in PEFT, where an element also matches the end of a longer name."""
+    others = [name for name, each in module.named_modules() if is_linear(base_of(each)) and name not in names]
+    return not any(other.endswith(f".{name}") for other in others for name in names)
+
+
+def _generates(module: nn.Module) -> bool:
+    return type(module).__name__.endswith("ForCausalLM") and hasattr(module, "prepare_inputs_for_generation")
+
+
+def state_of(module: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters and the buffers that belong into a file, by name."""
+    return {**dict(module.named_parameters()), **_buffers(module)}
+
+
+def _buffers(module: nn.Module) -> dict[str, Tensor]:
+    return {
+        f"{name}.{key}" if name else key: buffer
+        for name, each in module.named_modules()
+        for key, buffer in each.named_buffers(recurse=False)
+        if key not in each._non_persistent_buffers_set
     }
 
 

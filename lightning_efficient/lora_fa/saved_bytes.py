@@ -31,6 +31,10 @@ class Kept(NamedTuple):
     nbytes: int
 
 
+_ENTERED: list["SavedBytes"] = []
+"""The records that count now, outermost first."""
+
+
 class SavedBytes:
     """Counts bytes handed to autograd while it is entered; see :func:`saved_bytes`.
 
@@ -77,6 +81,7 @@ class SavedBytes:
             ),
             register_module_forward_hook(lambda module, args, y: self._leave(), always_call=True),
         ]
+        _ENTERED.append(self)
         self._hooks.__enter__()
         return self
 
@@ -84,6 +89,7 @@ class SavedBytes:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._hooks.__exit__(kind, error, trace)
+        _ENTERED.remove(self)
         for handle in self._handles:
             handle.remove()
         self._alive, self._running = [], []
@@ -93,6 +99,11 @@ class SavedBytes:
             self._running.pop()
 
     def _pack(self, tensor: Tensor) -> Tensor:
+        for each in _ENTERED:  # autograd asks the innermost hooks alone
+            each._count(tensor)
+        return tensor
+
+    def _count(self, tensor: Tensor) -> None:
         base = base_of_view(tensor)
         parameter = isinstance(tensor, nn.Parameter) or isinstance(base, nn.Parameter)
         key = _storage(tensor)
@@ -101,7 +112,6 @@ class SavedBytes:
             self._alive.append(tensor.detach())  # else its address could be given to the next one
             name = next((name for name in reversed(self._running) if name), "")
             self.tensors.append(Kept(name, tuple(tensor.shape), tensor.dtype, tensor.untyped_storage().nbytes()))
-        return tensor
 
 
 def saved_bytes(fn: Callable[[], Any] | None = None, *, module: nn.Module | None = None) -> SavedBytes:
