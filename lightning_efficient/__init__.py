@@ -14,7 +14,13 @@ require_lightning()
 import lightning_efficient.strategies as _strategies  # noqa: E402  (only once lightning is known to be there)
 
 if TYPE_CHECKING:
-    from lightning_efficient.callbacks import AttachOptimizer, CompressionMonitor, LoRAFA, OptimizerGuard
+    from lightning_efficient.callbacks import (
+        AttachOptimizer,
+        CompressionMonitor,
+        LoRAFA,
+        OptimizerGuard,
+        load_lora_fa_checkpoint,
+    )
     from lightning_efficient.cli import EfficientCLI
     from lightning_efficient.compression import (
         ACPSGD,
@@ -63,6 +69,7 @@ __all__ = [
     "__version__",
     "apply_lora_fa",
     "export_peft",
+    "load_lora_fa_checkpoint",
     "load_peft",
     "lora_fa_linear",
     "merge",
@@ -91,6 +98,7 @@ _HOMES = {
     "TopK": "compression",
     "apply_lora_fa": "lora_fa",
     "export_peft": "lora_fa",
+    "load_lora_fa_checkpoint": "callbacks",
     "load_peft": "lora_fa",
     "lora_fa_linear": "lora_fa",
     "merge": "lora_fa",

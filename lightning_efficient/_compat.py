@@ -4,12 +4,15 @@ Nothing else in the package may reach for a private name. Each function has a te
 when the name is gone.
 """
 
+import copy
 import importlib.util
 import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    import lightning.pytorch as pl
+    from lightning.pytorch.utilities import CombinedLoader
+    from torch import Tensor, nn
     from torch._C._distributed_c10d import GradBucket as GradBucket
     from torch.amp.grad_scaler import GradScaler
     from torch.nn.parallel import DistributedDataParallel
@@ -64,6 +67,52 @@ def graph_task_id() -> int:
 def tensor_version(tensor: "Tensor") -> int:
     """How often the tensor has been changed in place."""
     return tensor._version
+
+
+def without_compile(module: "nn.Module") -> "nn.Module":
+    """The module that `torch.compile` wrapped, or the module itself."""
+    return getattr(module, "_orig_mod", module)
+
+
+def compiles(module: "nn.Module") -> bool:
+    """Whether something in the module runs compiled, by `torch.compile(module)` or `module.compile()`."""
+    return any(
+        hasattr(each, "_orig_mod")
+        or getattr(each, "_compiled_call_impl", None) is not None
+        or getattr(each, "_compiler_ctx", None) is not None
+        for each in module.modules()
+    )
+
+
+def training_batches(trainer: "pl.Trainer") -> "CombinedLoader":
+    """The training batches once more, from the start, apart from those that the fit loop has begun to read.
+
+    `Trainer.train_dataloader` does not say how several loaders are combined, and a loader with persistent workers has
+    one iterator for all who ask.
+    """
+    from lightning.pytorch.utilities import CombinedLoader
+
+    used = trainer.fit_loop._combined_loader
+    assert used is not None, "the training data is not set up"
+    fresh = CombinedLoader(used.iterables, used._mode)
+    fresh.flattened = [copy.copy(loader) for loader in used.flattened]
+    fresh.limits = used.limits
+    for loader in fresh.flattened:
+        if hasattr(loader, "_iterator"):
+            loader._iterator = None
+    return fresh
+
+
+def before_batch_transfer(module: "pl.LightningModule", batch: Any) -> Any:
+    """Run the hook `on_before_batch_transfer` of the data module, or else of the module, as the fit loop does."""
+    return module._on_before_batch_transfer(batch, dataloader_idx=0)
+
+
+def starts_processes_by_fork_or_spawn(trainer: "pl.Trainer") -> bool:
+    """Whether this process is a copy whose module is thrown away: `ddp_spawn`, `ddp_fork`, `ddp_notebook`."""
+    from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+
+    return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
 
 
 def forget_init_args_of_another_class() -> None:

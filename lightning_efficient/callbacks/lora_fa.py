@@ -1,36 +1,43 @@
 """`LoRAFA`: adapters for any LightningModule, in place before the optimizer is built, and saved without their base."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning.pytorch as pl
-import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, WeightAveraging
 from lightning.pytorch.plugins.precision import BitsandbytesPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from lightning_efficient import _compat
+from lightning_efficient.callbacks.lora_fa_calibration import choose_directions
+from lightning_efficient.callbacks.lora_fa_checkpoint import (
+    AdapterRecord,
+    CheckBase,
+    backbone_of,
+    check_restored,
+    check_settings,
+    record_adapters,
+    record_of,
+)
 from lightning_efficient.lora_fa import (
     LoRAFAConfig,
     LoRAFAReport,
     SavedBytes,
     apply_lora_fa,
-    calibrate,
     export_peft,
     keep_adapters_only,
     saved_bytes,
 )
 from lightning_efficient.lora_fa.config import Backend, Init, Lean
 from lightning_efficient.lora_fa.functional import DropoutMode
-from lightning_efficient.lora_fa.inject import adapted_layers
+from lightning_efficient.lora_fa.inject import adapted_layers, report
 from lightning_efficient.lora_fa.state import A_fingerprints, base_fingerprint
 
 
@@ -70,7 +77,7 @@ class LoRAFA(Callback):
         adapter_only_checkpoint: leave the frozen base out of checkpoints.
         check_base: what to do when a checkpoint was made with another base: ``"error"``, ``"warn"`` or ``"off"``.
         export_dir: folder that rank 0 writes the adapter to at the end of fit, in PEFT's format.
-        report_saved_bytes: measure what the first training batch keeps for backward.
+        report_saved_bytes: measure what the first training batch keeps for backward; not where something is compiled.
 
     Raises:
         ValueError: an argument is out of range.
@@ -99,7 +106,7 @@ class LoRAFA(Callback):
         seed: int = 0,
         backend: Backend = "auto",
         adapter_only_checkpoint: bool = True,
-        check_base: Literal["error", "warn", "off"] = "error",
+        check_base: CheckBase = "error",
         export_dir: str | None = None,
         report_saved_bytes: bool = True,
     ) -> None:
@@ -136,22 +143,17 @@ class LoRAFA(Callback):
         self.report_saved_bytes = report_saved_bytes
         self.report: LoRAFAReport | None = None
         self.stats: dict[str, float] = {}
-        self._base = ""
         self._A: dict[str, str] = {}
-        self._restored: dict[str, Any] | None = None
-        self._calibrated = False
         self._handles: list[RemovableHandle] = []
+        self._strict_loading: bool | None = None
         self._counting: SavedBytes | None = None
 
     # ---- putting the adapters in -----------------------------------------------------------------------------------
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if isinstance(trainer.strategy, DeepSpeedStrategy):
-            raise NotImplementedError(
-                "LoRAFA does not run under DeepSpeedStrategy: ZeRO gathers each linear by hooks that the lean forward "
-                "goes past. Use ddp, or ModelParallelStrategy with fully_shard on whole blocks."
-            )
+        self._refuse(trainer)
+        self.stats.pop("lora_fa/saved_mib", None)
         if is_overridden("configure_model", pl_module):
             original = pl_module.configure_model
 
@@ -163,37 +165,56 @@ class LoRAFA(Callback):
         else:
             self._inject(trainer, pl_module)
 
+    def _refuse(self, trainer: pl.Trainer) -> None:
+        if isinstance(trainer.strategy, DeepSpeedStrategy):
+            raise NotImplementedError(
+                "LoRAFA does not run under DeepSpeedStrategy: ZeRO gathers each linear by hooks that the lean forward "
+                "goes past. Use ddp, or ModelParallelStrategy with fully_shard on whole blocks."
+            )
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        if any(isinstance(each, WeightAveraging) for each in callbacks[: callbacks.index(self)]):
+            raise RuntimeError(
+                "A WeightAveraging callback stands before LoRAFA: it has copied the model without its adapters. List "
+                "LoRAFA first."
+            )
+
     def _inject(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         backbone = self._backbone(pl_module)
-        if isinstance(trainer.precision_plugin, BitsandbytesPrecision) and not adapted_layers(backbone):
+        before = adapted_layers(backbone)
+        if not before and _compat.starts_processes_by_fork_or_spawn(trainer):
+            raise RuntimeError(
+                "LoRAFA cannot put adapters in under ddp_spawn, ddp_fork or ddp_notebook: this process is a copy, and "
+                "the caller's module would get none of what is trained. Use ddp, or call apply_lora_fa in __init__."
+            )
+        if not before and isinstance(trainer.precision_plugin, BitsandbytesPrecision):
             # First, or its own turn later would quantise the adapters too; it leaves quantised modules alone then.
             trainer.precision_plugin.convert_module(pl_module)
-        if self.report is None or not adapted_layers(backbone):
-            self.report = apply_lora_fa(backbone, self.config)
-            self.stats = {
-                "lora_fa/adapted": float(len(self.report.adapted)),
-                "lora_fa/fell_back": float(len(self.report.fell_back)),
-                "lora_fa/trainable": float(self.report.trainable),
-            }
+        check_settings(backbone, self.config)
+        record = record_of(pl_module)
+        if self.report is None or record is None or not before:
+            self._tell(apply_lora_fa(backbone, self.config))
             rank_zero_info(str(self.report))
-        self._base = base_fingerprint(pl_module)
+        if record is None or not before:
+            # Taken once: what the Trainer casts or shards later is the same base still.
+            record = AdapterRecord(self.config, self.model_attr, base_fingerprint(pl_module))
+            record_adapters(pl_module, record)
+        record.check_base, record.adapter_only = self.check_base, self.adapter_only_checkpoint
         if self.adapter_only_checkpoint and not self._handles:
             self._handles = keep_adapters_only(pl_module)
             if isinstance(trainer.strategy, ModelParallelStrategy):
-                # It walks over the parameters itself when it loads, past the module's hooks; A is checked all the same.
-                pl_module.strict_loading = False
+                # It looks up each parameter in a full checkpoint, the base's too; the record's checks are strict.
+                self._strict_loading, pl_module.strict_loading = pl_module.strict_loading, False
+
+    def _tell(self, now: LoRAFAReport) -> None:
+        self.report = now
+        self.stats |= {
+            "lora_fa/adapted": float(len(now.adapted)),
+            "lora_fa/fell_back": float(len(now.fell_back)),
+            "lora_fa/trainable": float(now.trainable),
+        }
 
     def _backbone(self, pl_module: pl.LightningModule) -> nn.Module:
-        if self.model_attr is None:
-            return pl_module
-        backbone = getattr(pl_module, self.model_attr, None)
-        if not isinstance(backbone, nn.Module):
-            raise RuntimeError(
-                f"{type(pl_module).__name__}.{self.model_attr} is no module when adapters are put in: build it in "
-                "__init__ or configure_model, name another attribute in model_attr (null: the whole module), or call "
-                "apply_lora_fa yourself."
-            )
-        return backbone
+        return backbone_of(pl_module, self.model_attr)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -205,89 +226,48 @@ class LoRAFA(Callback):
                 f"No optimizer holds {missing[0]!r}{' and others' if len(missing) > 1 else ''}: the optimizer was "
                 "built before the adapters were put in. Build it in configure_optimizers, from self.parameters()."
             )
+        if self.export_dir is not None and any(hasattr(p, "full_tensor") for _, p in trained):
+            raise RuntimeError(
+                f"export_dir={self.export_dir!r} cannot be written at the end: the adapters are sharded over ranks. "
+                "Remove it, read the checkpoint with load_lora_fa_checkpoint afterwards, and call export_peft."
+            )
 
     # ---- what A is, and that it came back ---------------------------------------------------------------------------
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._check_restored(pl_module)
-        if self.config.init in ("eva", "gradient") and not self._calibrated:
-            self._calibrate(trainer, pl_module)
-        self._A = A_fingerprints(self._backbone(pl_module))
+        check_restored(pl_module)
+        backbone, record = self._backbone(pl_module), record_of(pl_module)
+        assert record is not None
+        if self.config.init in ("eva", "gradient") and not record.calibrated:
+            choose_directions(trainer, pl_module, backbone, self.config, self.calibration_batches)
+            record.calibrated = True
+            rank_zero_info(f"LoRA-FA: A was chosen by {self.config.init} from {self.calibration_batches} batches")
+        self._A = A_fingerprints(backbone)
+        self._report_again(report(backbone))
+
+    def _report_again(self, now: LoRAFAReport) -> None:
+        """An optimizer that watches layers has put its hooks on since the adapters were put in."""
+        assert self.report is not None
+        if new := [name for name in now.fell_back if name not in self.report.fell_back]:
+            rank_zero_warn(
+                f"{len(new)} adapted linears are no longer lean ({new[0]}: {now.fell_back[new[0]]}): they train as "
+                "before, but their forward keeps more for backward."
+            )
+        self._tell(replace(now, lean_blocks=self.report.lean_blocks))
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.sanity_checking:
-            self._check_restored(pl_module)
+            check_restored(pl_module)
 
     @override
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._check_restored(pl_module)
+        check_restored(pl_module)
 
     @override
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._check_restored(pl_module)
-
-    def _check_restored(self, pl_module: pl.LightningModule) -> None:
-        """A never changes, so its hash tells under every strategy whether the adapters were read."""
-        if self._restored is None:
-            return
-        expected, self._restored = self._restored["A"], None
-        found = A_fingerprints(self._backbone(pl_module))
-        sharded = any(hasattr(p, "full_tensor") for p in pl_module.parameters())
-        wrong = [name for name in expected if name not in found or (not sharded and found[name] != expected[name])]
-        if wrong:
-            raise RuntimeError(
-                f"The adapter was not restored: {wrong[0]} differs from the checkpoint's, so B would be read with "
-                "another A. The checkpoint lacks it, or was made with other settings of LoRAFA."
-            )
-
-    def _calibrate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        backbone = self._backbone(pl_module)
-        if any(hasattr(p, "full_tensor") for p in backbone.parameters()):
-            raise RuntimeError(
-                f"init={self.config.init!r} needs whole layers, and they are sharded. Calibrate on one process, export "
-                "the adapter and load it with load_peft, or use init='orthogonal'."
-            )
-        method: Any = self.config.init
-        run = partial(self._run_batches, trainer, pl_module, backward=method == "gradient")
-        with isolate_rng(), _evaluating(pl_module):
-            calibrate(
-                backbone,
-                run,
-                method=method,
-                seed=self.config.seed,
-                reduce=lambda tensor: trainer.strategy.reduce(tensor, reduce_op="sum"),
-            )
-        for parameter in pl_module.parameters():
-            parameter.grad = None
-        with torch.no_grad():  # equal sums can still turn into different bits on different machines
-            for layer in adapted_layers(backbone).values():
-                for down in layer.lora_A.values():
-                    down.weight.copy_(trainer.strategy.broadcast(down.weight))
-        self._calibrated = True
-        rank_zero_info(f"LoRA-FA: A was chosen by {method} from {self.calibration_batches} batches")
-
-    def _run_batches(self, trainer: pl.Trainer, pl_module: pl.LightningModule, backward: bool) -> None:
-        seen = 0
-        for seen, batch in enumerate(trainer.train_dataloader or [], start=1):
-            batch = trainer.precision_plugin.convert_input(batch)
-            batch = pl_module.on_before_batch_transfer(batch, 0)
-            batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
-            batch = pl_module.on_after_batch_transfer(batch, 0)
-            with trainer.precision_plugin.forward_context(), torch.set_grad_enabled(backward):
-                loss = pl_module.training_step(batch, seen - 1)
-            if backward:
-                value = loss["loss"] if isinstance(loss, dict) else loss
-                if not isinstance(value, Tensor):
-                    raise RuntimeError(
-                        "init='gradient' needs a training_step that returns the loss. Use init='eva' or 'orthogonal'."
-                    )
-                value.backward()
-            if seen == self.calibration_batches:
-                break
-        if not seen:
-            raise RuntimeError(f"init={self.config.init!r} needs a batch, and the training data has none.")
+        check_restored(pl_module)
 
     # ---- what a step keeps -----------------------------------------------------------------------------------------
 
@@ -295,7 +275,9 @@ class LoRAFA(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self.report_saved_bytes and "lora_fa/saved_mib" not in self.stats:
+        if not self.report_saved_bytes or "lora_fa/saved_mib" in self.stats:
+            return
+        if not _compat.compiles(pl_module):  # it would be compiled with the hooks, and once more without them
             self._counting = saved_bytes(module=pl_module).__enter__()
 
     @override
@@ -348,46 +330,8 @@ class LoRAFA(Callback):
 
     def _leave(self, pl_module: pl.LightningModule) -> None:
         pl_module.__dict__.pop("configure_model", None)
+        if self._strict_loading is not None:
+            pl_module.strict_loading, self._strict_loading = self._strict_loading, None
         for handle in self._handles:
             handle.remove()
         self._handles = []
-
-    # ---- checkpoints -----------------------------------------------------------------------------------------------
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        return {"config": self.config.to_dict(), "base": self._base, "A": self._A, "calibrated": self._calibrated}
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._restored = state_dict
-        self._calibrated = bool(state_dict["calibrated"])
-        if self.check_base != "off" and state_dict["base"] != self._base:
-            message = (
-                f"The checkpoint's adapter was trained on another base model (fingerprint {state_dict['base']}, this "
-                f"one is {self._base}): its output would be wrong. Load the same pretrained weights before, or set "
-                "check_base='warn' if you know better."
-            )
-            if self.check_base == "error":
-                raise RuntimeError(message)
-            rank_zero_warn(message)
-
-
-@contextmanager
-def _evaluating(pl_module: pl.LightningModule) -> Iterator[None]:
-    """Without dropout, and with nothing logged: `self.log` works in the Trainer's loops only."""
-    modes = {each: each.training for each in pl_module.modules()}
-    silent = dict.fromkeys(("log", "log_dict"), _nothing)
-    pl_module.eval()
-    pl_module.__dict__.update(silent)
-    try:
-        yield
-    finally:
-        for name in silent:
-            del pl_module.__dict__[name]
-        for each, training in modes.items():
-            each.training = training
-
-
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    pass

@@ -32,18 +32,35 @@ def keep_adapters_only(module: nn.Module) -> list[RemovableHandle]:
     ]
 
 
+def base_keys(module: nn.Module, keys: Iterable[str]) -> set[str]:
+    """Return those of ``keys`` that belong to the frozen base of ``module``; compiled or wrapped modules count too."""
+    frozen = {_plain_key(name) for name, _ in _frozen(module)}
+    return {key for key in keys if _plain_key(key) in frozen or ".base_layer." in f".{key}"}
+
+
 def base_fingerprint(module: nn.Module) -> str:
-    """Return a hash of the frozen base: names, shapes, dtypes, and 64 entries of each tensor (not of sharded ones)."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(_frozen(module)):
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype};".encode())
-        if not (parameter.is_meta or hasattr(parameter, "full_tensor")):
-            digest.update(_sample(parameter))
-    return digest.hexdigest()[:16]
+    """Return hashes of the frozen base: of names, shapes and dtypes, and of 64 entries of each tensor.
+
+    Values are left out while they are sharded or not there yet (meta tensors).
+    """
+    layout, values, known = hashlib.sha256(), hashlib.sha256(), True
+    for name, parameter in sorted(_frozen(module), key=lambda item: _plain_key(item[0])):
+        layout.update(f"{_plain_key(name)} {tuple(parameter.shape)} {parameter.dtype};".encode())
+        if parameter.is_meta or hasattr(parameter, "full_tensor"):
+            known = False
+        else:
+            values.update(_sample(parameter))
+    return f"{layout.hexdigest()[:16]}-{values.hexdigest()[:16] if known else ''}"
+
+
+def same_base(one: str, other: str) -> bool:
+    """Whether two fingerprints can be of one base: values count where both know them."""
+    (layout, _, values), (other_layout, _, other_values) = one.partition("-"), other.partition("-")
+    return layout == other_layout and (values == other_values or not values or not other_values)
 
 
 def A_fingerprints(module: nn.Module) -> dict[str, str]:
-    """Return a hash of every A, by its name; of this process's part where it is sharded."""
+    """Return a hash of every A, by its name; all ranks have to call it where A is sharded."""
     return {
         f"{name}.lora_A.{adapter}": _hash(down.weight)
         for name, layer in adapted_layers(module).items()
@@ -52,18 +69,18 @@ def A_fingerprints(module: nn.Module) -> dict[str, str]:
 
 
 def _drop_base(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: object) -> None:
-    for key in _base_keys(module, [key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)]):
+    for key in base_keys(module, [key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)]):
         del state_dict[prefix + key]
 
 
 def _forgive_base(module: nn.Module, incompatible_keys: Any) -> None:
-    base = _base_keys(module, incompatible_keys.missing_keys)
+    base = base_keys(module, incompatible_keys.missing_keys)
     incompatible_keys.missing_keys[:] = [key for key in incompatible_keys.missing_keys if key not in base]
 
 
-def _base_keys(module: nn.Module, keys: Iterable[str]) -> set[str]:
-    frozen = {name for name, _ in _frozen(module)}
-    return {key for key in keys if key in frozen or ".base_layer." in f".{key}"}
+def _plain_key(key: str) -> str:
+    """Without what wrappers put into names: AveragedModel, and torch.compile."""
+    return key.replace("_orig_mod.", "").removeprefix("module.")
 
 
 def _frozen(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -81,6 +98,6 @@ def _sample(tensor: Tensor) -> bytes:
 
 
 def _hash(tensor: Tensor) -> str:
-    local = getattr(tensor, "_local_tensor", tensor)
-    raw = local.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    raw = whole.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
     return hashlib.sha256(raw).hexdigest()[:16]

@@ -25,6 +25,8 @@ class LoRAFAHalfPrecision(HalfPrecision):
     def __init__(self, precision: Literal["bf16-true", "16-true"] = "bf16-true", keep: list[str] | None = None) -> None:
         if precision not in ("bf16-true", "16-true"):
             raise ValueError(f"precision is {precision!r}: there are 'bf16-true' and '16-true'. Use one of them.")
+        if isinstance(keep, str):
+            raise ValueError(f"keep is the string {keep!r}: it is a list of parts of names. Write [{keep!r}].")
         super().__init__(precision)
         self.keep = list(keep or [])
 

@@ -42,21 +42,21 @@ def train(rank: int, world_size: int, name: str) -> Training:
     row = ROWS[name]
     in_oracles = {key: _fit(world_size, oracle, max_epochs=EPOCHS)[0] for key, oracle in row.oracles.items()}
     threads = set(threading.enumerate())
-    module, keep_ddp = TinyModule(row.optimizer), _KeepDDP()
+    module, at_start = TinyModule(row.optimizer), _AtStart()
     args = row.trainer()
-    trainer = make_trainer(world_size, max_epochs=10, **{**args, "callbacks": [*args.get("callbacks", []), keep_ddp]})
+    trainer = make_trainer(world_size, max_epochs=10, **{**args, "callbacks": [*args.get("callbacks", []), at_start]})
     before = row.activity(trainer)
-    start = flat_weights(module).double()
     trainer.fit(module, TinyData())
+    assert at_start.start is not None
     return Training(
         losses=module.losses,
-        moved=float((flat_weights(module).double() - start).norm()),
+        moved=float((flat_weights(module).double() - at_start.start).norm()),
         activity=row.activity(trainer),
         activity_before=before,
         weights=flat_weights(module),
         in_oracles={key: flat_weights(each) for key, each in in_oracles.items()},
         hooks_left=_hooks(module),
-        ddp_left=keep_ddp.alive(),
+        ddp_left=at_start.alive(),
         threads_left=[t.name for t in set(threading.enumerate()) - threads],
     )
 
@@ -102,6 +102,7 @@ class Modes:
     accumulated: Tensor
     bf16_losses: list[float]
     bf16_weights: Tensor
+    bf16_dtypes: set[torch.dtype]
     val_loss: float
     val_loss_plain: float
     predicted: Tensor
@@ -119,6 +120,7 @@ def other_modes(rank: int, world_size: int, name: str) -> Modes:
         accumulated=flat_weights(small),
         bf16_losses=bf16.losses,
         bf16_weights=flat_weights(bf16),
+        bf16_dtypes={p.dtype for p in bf16.parameters()},
         val_loss=_validate(world_size, row, row.trainer()),
         val_loss_plain=_validate(world_size, row, plain),
         predicted=_predict(world_size, row, row.trainer()),
@@ -154,15 +156,17 @@ def _predict(world_size: int, row: Setting, args: dict[str, Any]) -> Tensor:
     return torch.cat(predicted)  # type: ignore[arg-type]
 
 
-class _KeepDDP(Callback):
-    """Watches the DDP wrapper without keeping it alive."""
+class _AtStart(Callback):
+    """Watches the DDP wrapper without keeping it alive, and keeps the weights that training starts from."""
 
     def __init__(self) -> None:
         self._ref: weakref.ref[nn.Module] | None = None
+        self.start: Tensor | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         assert isinstance(trainer.strategy.model, DistributedDataParallel)
         self._ref = weakref.ref(trainer.strategy.model)
+        self.start = flat_weights(pl_module).double()
 
     def alive(self) -> bool:
         gc.collect()

@@ -10,15 +10,16 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
-from torch.optim import SGD
+from torch.optim import SGD, Adam
 
-from lightning_efficient.callbacks import AttachOptimizer, CompressionMonitor, OptimizerGuard
+from lightning_efficient.callbacks import AttachOptimizer, CompressionMonitor, LoRAFA, OptimizerGuard
 from lightning_efficient.compression import ACPSGD, Compressor, HalfPrecision, PowerSGD, SignSGD, TopK
 from lightning_efficient.optimizers import Eva, EvaP
 from lightning_efficient.strategies import CompressedDDPStrategy
 from tests.plugins import references
 from tests.plugins.reference_eva import eva, eva_s
 from tests.plugins.reference_eva_p import eva_p
+from tests.plugins.reference_lora_fa import lora_fa
 from tests.plugins.references import Reduce, Reference, exchanging
 from tests.plugins.tiny import PLAIN_SGD, MakeOptimizer, TinyModule, sgd
 
@@ -182,6 +183,9 @@ def eva_row(reference: Reference, **init_args: Any) -> Row:
     )
 
 
+ADAM: MakeOptimizer = partial(Adam, lr=0.03)
+LORA_FA: dict[str, Any] = {"r": 4, "alpha": 8.0, "seed": 5}
+LORA_FA_ARGS: dict[str, Any] = {"model_attr": "net", "adapter_dtype": "float64", **LORA_FA}
 EVERYTHING_SEEN: dict[str, Any] = {"kv_samples": None, "g_scale": "expectation", "rescale": "clip"}
 """Settings of Eva with which no way to deal a batch out to ranks and steps changes the vectors."""
 # Momentum and weight decay are said because jsonargparse keeps those of SGD, the default, for a class in its place.
@@ -279,5 +283,14 @@ ROWS: dict[str, Row] = {
         optimizer=making_eva(variant="eva_f", **EVA, **EVERYTHING_SEEN),
         oracle="SGD on the skipped layer",
         reference=eva("eva_f", **EVA, skipped=[2]),
+    ),
+    "LoRAFA": callback_row(
+        LoRAFA,
+        LORA_FA_ARGS,
+        lambda callback: callback.stats.get("lora_fa/trainable", 0.0),
+        strategy="ddp",
+        oracle="written out",
+        optimizer=ADAM,
+        reference=lora_fa(**LORA_FA, optimizer=ADAM),
     ),
 }

@@ -10,6 +10,7 @@ import torch.distributed as dist
 import yaml
 from lightning.pytorch.cli import LightningCLI
 
+from lightning_efficient.callbacks import LoRAFA
 from lightning_efficient.optimizers import Eva, EvaP
 from tests.plugins.table import ROWS
 from tests.plugins.tiny import TinyData, TinyModule
@@ -37,7 +38,8 @@ def settings(plugin: object) -> dict[str, Any]:
     if isinstance(plugin, EvaP):
         return {**plugin.defaults, "rank": plugin.rank, "backend": plugin.backend}
     plain = (bool, int, float, str, tuple, list, dict, type(None))
-    return {k: v for k, v in vars(plugin).items() if not k.startswith("_") and isinstance(v, plain)}
+    told = {k: v for k, v in vars(plugin).items() if not k.startswith("_") and isinstance(v, plain)}
+    return {**told, "config": plugin.config} if isinstance(plugin, LoRAFA) else told
 
 
 def built(name: str, path: str) -> tuple[type, dict[str, Any]]:
