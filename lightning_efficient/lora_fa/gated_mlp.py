@@ -151,7 +151,7 @@ def _backward(
     gradients: list[Tensor | None] = [torch.zeros_like(B[i], dtype=wide) if wants[i] else None for i in (0, 1)]
     rows = dy_TD.shape[0]
     dx_TD = torch.empty(rows, ctx.x_shape[-1], dtype=ctx.x_dtype, device=dy.device) if wants_x else None
-    for start, stop in row_blocks(e_TF, 1 << 16):
+    for start, stop in row_blocks(e_TF):
         part = slice(start, stop)
         e_b, g_b = e_TF[part], g_TF[part]
         da = input_gradient(dy_TD[part], u_down_TR[part], down_weight, operands[2], settings[2], start).to(inner)
