@@ -12,7 +12,12 @@ from lightning_efficient.lora_fa.projection import row_blocks
 
 
 def recomputed(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return ``function(x)``, keeping only x: backward runs the elementwise function again, block by block."""
+    """Return ``function(x)``, keeping only x: backward runs the elementwise function again, block by block.
+
+    The compiler decides itself what to run again, and cannot trace a derivative inside of a backward.
+    """
+    if torch.compiler.is_compiling():
+        return function(x)
     y: Tensor = _Recomputed.apply(x, function)  # type: ignore[no-untyped-call]
     return y
 

@@ -4,6 +4,7 @@ PEFT's attributes that the lean forward reads: ``base_layer``, ``lora_A``, ``lor
 ``active_adapters``, ``disable_adapters``, ``merged``, ``lora_variant``.
 """
 
+import warnings
 from typing import Any
 
 import torch
@@ -30,9 +31,10 @@ def inject(module: nn.Module, config: LoRAFAConfig, adapter_name: str) -> None:
         drawn = {name: initial_A(name, base_of(module.get_submodule(name)), config) for name in names}
         _tell_peft_of_quantisation(module)
         transposed = all(stored_transposed(base_of(module.get_submodule(name))) for name in names)
-        peft.inject_adapter_in_model(
-            lora_config(peft, config, names, transposed=transposed), module, adapter_name=adapter_name
-        )
+        wanted = lora_config(peft, config, names, transposed=transposed)
+        with warnings.catch_warnings():  # a second adapter is what was asked for
+            warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
+            peft.inject_adapter_in_model(wanted, module, adapter_name=adapter_name)
         for name, A_RK in drawn.items():
             layer: Any = module.get_submodule(name)
             with torch.no_grad():

@@ -89,10 +89,8 @@ def errors_against_float64(make: Any, *, autocast: bool) -> dict[str, float]:
         f"dB {index}": (got, want)
         for index, (got, want) in enumerate(zip(gradients(model).values(), wanted.values(), strict=True))
     }
-    return {
-        name: float((got.detach().double() - want.detach()).norm() / want.detach().norm())
-        for name, (got, want) in pairs.items()
-    }
+    with torch.no_grad():
+        return {name: float((got.double() - want).norm() / want.norm()) for name, (got, want) in pairs.items()}
 
 
 def widened(model: nn.Module) -> nn.Module:
