@@ -153,16 +153,18 @@ def _backward(
     dx_TD = torch.empty(rows, ctx.x_shape[-1], dtype=ctx.x_dtype, device=dy.device) if wants_x else None
     for start, stop in row_blocks(e_TF):
         part = slice(start, stop)
-        e_b, g_b = e_TF[part], g_TF[part]
         da = input_gradient(dy_TD[part], u_down_TR[part], down_weight, operands[2], settings[2], start).to(inner)
-        de, dg = act.gradients(da, e_b, g_b)
+        wide_parts = list(act.gradients(da, e_TF[part], g_TF[part]))
+        del da  # wide tensors go as soon as they can: the next block's would come on top of them
         dx_parts = []
-        for i, d in enumerate((de, dg)):
+        for i in (0, 1):
+            d = wide_parts.pop(0)
             u, dB = up_gradients(d, hidden[i][part], B[i], settings[i].scale, u=wants_x, dB=wants[i])
             if dB is not None:
                 gradients[i] += dB  # type: ignore[operator]
             if u is not None:
                 dx_parts.append(input_gradient(d, u, first_weights[i], operands[i], settings[i], start))
+            del d
         if dx_TD is not None:
             torch.add(*dx_parts, out=dx_TD[part]) if inner == dx_TD.dtype else dx_TD[part].copy_(
                 dx_parts[0].to(dx_TD.dtype).add_(dx_parts[1])
