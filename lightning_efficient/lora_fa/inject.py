@@ -80,6 +80,7 @@ def apply_lora_fa(
         ModuleNotFoundError: ``backend="peft"`` without PEFT.
     """
     config = config if config is not None else LoRAFAConfig()
+    _modules_to_save(module, config)
     if _uses_peft(module, config):
         from lightning_efficient.lora_fa import peft_bridge
 
@@ -157,20 +158,31 @@ def train_only_adapters(module: nn.Module, config: LoRAFAConfig) -> None:
     for name, parameter in module.named_parameters():
         down = ".lora_A." in f".{name}"
         parameter.requires_grad_(id(parameter) in active and is_adapter_key(name) and not down)
+    for each in _modules_to_save(module, config):
+        each.requires_grad_(True)
+
+
+def _modules_to_save(module: nn.Module, config: LoRAFAConfig) -> list[nn.Module]:
+    found: list[nn.Module] = []
     for wanted in config.modules_to_save:
-        found = [each for name, each in module.named_modules() if matches(name, [wanted])]
-        if not found:
+        some = [each for name, each in module.named_modules() if matches(name, [wanted])]
+        if not some:
             raise ValueError(f"modules_to_save has {wanted!r}: no module has such a name. Correct or remove it.")
-        for each in found:
-            each.requires_grad_(True)
+        found += some
+    return found
 
 
 def target_names(module: nn.Module, config: LoRAFAConfig) -> list[str]:
     """Return the names of the linears to adapt, in the module's order.
 
     Raises:
-        ValueError: none matches.
+        ValueError: none matches, or the model is itself a linear.
     """
+    if is_linear(module):
+        raise ValueError(
+            f"The model is a single {type(module).__name__}: adapters replace linears inside a module, and this one "
+            "has no parent here. Wrap it, for example in torch.nn.Sequential."
+        )
     adapted = adapted_layers(module)
     linears = {name: each for name, each in module.named_modules() if (is_linear(each) or name in adapted) and name}
     inside = tuple(f"{name}." for name in adapted)
@@ -232,11 +244,6 @@ def _inject(module: nn.Module, config: LoRAFAConfig, adapter_name: str) -> None:
         )
     if any(adapter_name in layer.lora_A for layer in existing.values()):
         return
-    if is_linear(module):
-        raise ValueError(
-            f"The model is a single {type(module).__name__}: adapters replace linears inside a module, and this one "
-            "has no parent here. Wrap it, for example in torch.nn.Sequential."
-        )
     # Everything that can be refused is, before the first layer changes.
     drawn = {
         name: initial_A(name, base_of(module.get_submodule(name)), config) for name in target_names(module, config)

@@ -41,6 +41,7 @@ def inject(module: nn.Module, config: LoRAFAConfig, adapter_name: str) -> None:
                 layer.lora_A[adapter_name].weight.data = A_RK
                 layer.lora_B[adapter_name].to(A_RK.dtype)
                 layer.lora_B[adapter_name].weight.zero_()
+            layer.train(layer.base_layer.training)  # PEFT's layers start in training mode, and with them dropout
         for layer in adapted_layers(module).values():
             layer.set_adapter(adapter_name)
     for each in adapted_layers(module).values():

@@ -1,5 +1,6 @@
 """The mask that follows from a seed: its statistics, and that backward always meets forward's."""
 
+import itertools
 import math
 from typing import Any
 
@@ -179,9 +180,10 @@ def test_eval_drops_nothing_and_draws_nothing(mode: Any) -> None:
 
 
 def test_an_adapter_put_on_a_model_in_eval_drops_nothing_in_any_forward() -> None:
-    for lean in (True, False):
+    for backend, lean in itertools.product(("native", "peft"), (True, False)):
         model = block().eval()
-        apply_lora_fa(model, LoRAFAConfig(target_modules=["first"], r=4, dropout=0.9, lean=lean))
+        settings = {"target_modules": ["first"], "r": 4, "dropout": 0.9, "lean": lean, "backend": backend}
+        apply_lora_fa(model, LoRAFAConfig(**settings))
         fill_B(model)
         x = normal(4, 12, dtype=torch.float32)
 

@@ -104,12 +104,13 @@ def test_an_exception_leaves_no_hook_behind(as_function: bool) -> None:
     net, x = nn.Sequential(nn.Linear(4, 4), Broken()), torch.randn(3, 4, requires_grad=True)
     before = len(hooks._global_forward_hooks), len(hooks._global_forward_pre_hooks)
     record = saved_bytes(module=net)
+
+    def inside() -> None:
+        with record:
+            net(x)
+
     with pytest.raises(ArithmeticError):
-        if as_function:
-            saved_bytes(lambda: net(x), module=net)
-        else:
-            with record:
-                net(x)
+        saved_bytes(lambda: net(x), module=net) if as_function else inside()
     counted = record.total
     (x * x).sum().backward()
 

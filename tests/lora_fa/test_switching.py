@@ -96,7 +96,7 @@ def test_a_second_adapter_goes_where_its_own_settings_say(backend: str) -> None:
 def test_an_unknown_adapter_is_named(backend: str) -> None:
     model = two(backend)
 
-    with pytest.raises(ValueError, match="no adapter 'third'.*default, second"):
+    with pytest.raises(ValueError, match=r"no adapter 'third'.*default, second"):
         set_adapter(model, "third")
     assert trainable(model) == B_of("second")
 
@@ -109,11 +109,7 @@ def test_merged_adapters_do_not_switch(backend: str, switch: str) -> None:
     merge(model)
 
     with pytest.raises(ValueError, match=r"merged.*Call unmerge first"):
-        if switch == "set":
-            set_adapter(model, "default")
-        else:
-            with disable_adapter(model):
-                pass
+        set_adapter(model, "default") if switch == "set" else disable_adapter(model).__enter__()
 
 
 def test_a_model_without_adapters_is_told_so() -> None:
