@@ -130,7 +130,7 @@ def peft_optimizer(rank: int) -> Callable[[nn.Module, float], Optimizer]:
 
 LORA, FA = "LoRA r=8", "LoRA-FA r=16, orthogonal"
 METHODS = [
-    Method("full fine-tuning", full, (1e-3, 2e-3, 5e-3)),
+    Method("full fine-tuning", full, (5e-4, 1e-3, 2e-3)),
     Method(LORA, lora(8), (5e-3, 1e-2, 2e-2)),
     Method("LoRA r=9", lora(9), (5e-3, 1e-2, 2e-2)),
     Method(FA, lora_fa(16, "orthogonal"), (1e-2, 2e-2, 5e-2)),
@@ -351,8 +351,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few steps, one seed; prints, writes nothing")
     parser.add_argument("--plot", action="store_true", help="page and plot of the JSON file at --out; trains nothing")
     parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2, 3], help="seeds reported (default 1 2 3)")
-    parser.add_argument("--pretrain-steps", type=int, default=500, help="default 500")
-    parser.add_argument("--steps", type=int, default=200, help="of each fine-tuning (default 200)")
+    parser.add_argument("--pretrain-steps", type=int, default=400, help="default 400")
+    parser.add_argument("--steps", type=int, default=120, help="of each fine-tuning (default 120)")
     parser.add_argument("--out", type=Path, default=OUT, help="path of the results without suffix")
     args = parser.parse_args()
     torch.set_num_threads(1)

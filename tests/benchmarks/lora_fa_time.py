@@ -98,6 +98,9 @@ def optimizer_steps(rounds: int) -> list[Time]:
     steps = {
         "AdamW on LoRA's A and B": AdamW([p for p in both.parameters() if p.requires_grad], lr=1e-3).step,
         "AdamW on LoRA-FA's B": AdamW([p for p in ours.parameters() if p.requires_grad], lr=1e-3).step,
+        "AdamW, fused, on LoRA-FA's B": AdamW(
+            [p for p in ours.parameters() if p.requires_grad], lr=1e-3, fused=True
+        ).step,
         "PEFT's LoRA-FA optimizer": create_lorafa_optimizer(peft_fa, r=16, lora_alpha=16, lr=1e-3).step,
     }
     return take_turns("optimizer", steps, rounds)
@@ -139,8 +142,9 @@ def report(times: list[Time], rounds: int, command: str) -> str:
         "# How long LoRA-FA takes",
         "",
         f"CPU time on one thread. Methods take turns in one process, {rounds} rounds; a ratio is the median over "
-        "rounds of the time over that of PEFT LoRA in the same round. Models as in [what LoRA-FA stores](lora_fa_memory_2core_"
-        "cpu_202611.md), 2 layers, D = 512, F = 1376, T = 512 where nothing else is said, r = 16.",
+        "rounds of the time over that of PEFT LoRA in the same round. Models as in "
+        "[what LoRA-FA stores](lora_fa_memory_2core_cpu_202611.md), 2 layers, D = 512, F = 1376, T = 512 where nothing "
+        "else is said, r = 16.",
         "",
         f"Command: `{command}`",
         "",
@@ -169,9 +173,10 @@ def report(times: list[Time], rounds: int, command: str) -> str:
             lines.append(_target(f"{cell}: {method}, over PEFT LoRA", most, by[cell, method].ratio))
     steps = {t.method: t.ms for t in times if t.group == "optimizer"}
     if steps:
-        lora, ours, theirs = steps.values()
+        lora, ours, fused, theirs = steps.values()
         lines.append(_target("optimizer: AdamW on B, over AdamW on A and B", 1.0, ours / lora))
         lines.append(_target("optimizer: AdamW on B, over PEFT's LoRA-FA optimizer", 0.1, ours / theirs))
+        lines.append(_target("optimizer: AdamW fused on B, over PEFT's LoRA-FA optimizer", 0.1, fused / theirs))
     return "\n".join([*lines, ""])
 
 
