@@ -1,5 +1,6 @@
 """What a Lightning checkpoint says of its adapters, and how it is read back, with a Trainer and without one."""
 
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -256,5 +257,7 @@ def _read_shards(module: pl.LightningModule, path: Path) -> dict[str, Any]:
     from torch.distributed.checkpoint.state_dict_loader import load
 
     state = {"state_dict": dict(module.state_dict())}
-    load(state, checkpoint_id=path, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        load(state, checkpoint_id=path, no_dist=True)
     return state["state_dict"]
