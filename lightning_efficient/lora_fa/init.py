@@ -9,6 +9,7 @@ Dimension letters: K inputs, N outputs, R rank.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,9 @@ from lightning_efficient.lora_fa.frozen import compressed, dense, sizes
 
 OVERSAMPLING = 8
 """Extra directions of a random sketch."""
+
+_DRAWN: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}
+"""Said in every draw: a Trainer changes the default dtype while it builds a model, and A must not depend on that."""
 
 
 def draw_A(init: str, layer: nn.Module, rank: int, generator: torch.Generator) -> Tensor:
@@ -33,12 +37,12 @@ def draw_A(init: str, layer: nn.Module, rank: int, generator: torch.Generator) -
     _, size_K = sizes(layer)
     if init == "kaiming":
         bound = 1 / math.sqrt(size_K)
-        return (torch.rand(rank, size_K, generator=generator) * 2 - 1) * bound
+        return (torch.rand(rank, size_K, generator=generator, **_DRAWN) * 2 - 1) * bound
     if init == "gaussian":
-        return torch.randn(rank, size_K, generator=generator) / rank
+        return torch.randn(rank, size_K, generator=generator, **_DRAWN) / rank
     if init == "pissa":
         return _leading_of_weight(layer, rank, generator)
-    return orthonormal_rows(torch.randn(rank, size_K, generator=generator))
+    return orthonormal_rows(torch.randn(rank, size_K, generator=generator, **_DRAWN))
 
 
 def orthonormal_rows(A_RK: Tensor) -> Tensor:
@@ -75,7 +79,7 @@ def leading_directions(apply: Callable[[Tensor], Tensor], start_KQ: Tensor, rank
 
 def sketch(size_K: int, rank: int, generator: torch.Generator) -> Tensor:
     """Return the random start of :func:`leading_directions`, (K, Q)."""
-    return torch.randn(size_K, min(size_K, rank + OVERSAMPLING), generator=generator)
+    return torch.randn(size_K, min(size_K, rank + OVERSAMPLING), generator=generator, **_DRAWN)
 
 
 def _leading_of_weight(layer: nn.Module, rank: int, generator: torch.Generator) -> Tensor:

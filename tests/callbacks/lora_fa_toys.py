@@ -66,7 +66,7 @@ class Toy(pl.LightningModule):
 
     @override
     def configure_optimizers(self) -> Optimizer:
-        return AdamW(self.parameters(), lr=0.02)
+        return AdamW(self.parameters(), lr=0.02, eps=1e-5)  # float16 has no 1e-8
 
 
 class EvalToy(Toy):

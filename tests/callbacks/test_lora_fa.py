@@ -10,7 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, LearningRateFinder
+from lightning.pytorch.callbacks import BatchSizeFinder, Callback, EMAWeightAveraging, LearningRateFinder
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.optim import AdamW, Optimizer
@@ -307,6 +307,26 @@ def test_the_learning_rate_finder_leaves_the_adapters_as_they_were(tmp_path: Pat
     assert seen.keys() == tensors(module, "lora_B").keys()
     assert not any(each.any() for each in seen.values())
     assert all(each.any() for each in tensors(module, "lora_B").values())
+
+
+class WithBatchSize(Toy):
+    batch_size = 4
+
+    @override
+    def train_dataloader(self) -> Any:
+        return torch.utils.data.DataLoader(batches().dataset, batch_size=self.batch_size)
+
+
+@pytest.mark.filterwarnings("ignore:The batch size finder:UserWarning")
+def test_the_batch_size_finder_leaves_the_adapters_as_they_were(tmp_path: Path) -> None:
+    tuned, plain = WithBatchSize(), WithBatchSize()
+    finder = BatchSizeFinder(steps_per_trial=2, max_trials=2, init_val=4)
+    trainer = make_trainer(1, callbacks=[lora(), finder], precision="32-true", max_epochs=1, default_root_dir=tmp_path)
+    trainer.fit(tuned)
+    assert finder.optimal_batch_size == tuned.batch_size > 4
+    plain.batch_size = tuned.batch_size
+    make_trainer(1, callbacks=[lora()], precision="32-true", max_epochs=1).fit(plain)
+    assert equal(tensors(tuned, "lora_"), tensors(plain, "lora_"))
 
 
 def test_processes_that_are_copies_are_refused() -> None:
