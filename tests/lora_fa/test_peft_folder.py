@@ -133,12 +133,13 @@ def nested() -> Nested:
         {"exclude_modules": ["block.fc", "head.1"]},
         {"exclude_modules": ["head.1"], "rank_pattern": {"^fc": 2}},
         {"exclude_modules": ["head.1"], "rank_pattern": {"block.fc": 2}, "alpha_pattern": {"^fc": 3.0}},
+        {"r": 3, "rank_pattern": {"^fc": 2}, "alpha_pattern": {"^fc": 3.0}},  # the exception among three
         {"modules_to_save": ["head"]},
     ],
 )
 def test_a_name_that_ends_another_name_means_itself(settings: dict[str, Any], backend: str, tmp_path: Path) -> None:
     model = nested()
-    apply_lora_fa(model, LoRAFAConfig(r=4, backend=backend, lean=False, **settings))
+    apply_lora_fa(model, LoRAFAConfig(**{"r": 4, "backend": backend, "lean": False, **settings}))
     fill_B(model)
     if "modules_to_save" in settings:
         for seed in range(3):
