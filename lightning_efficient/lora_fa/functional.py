@@ -171,7 +171,7 @@ class _LoRAFA(torch.autograd.Function):
             if u_TR is not None:
                 weight_NK = weight_of(tensors, ctx.setting, dy.dtype)
                 dx = input_gradient(dy_TN, u_TR, weight_NK, tensors, ctx.setting).to(ctx.x_dtype).view(ctx.x_shape)
-        dB = None if dB_NR is None else dB_NR.to(tensors.B_NR.dtype)
+        dB = None if dB_NR is None else dB_NR.to(tensors.B_NR.dtype).mul_(ctx.setting.scale)
         return dx, None, None, dB, None, None, None, None
 
 

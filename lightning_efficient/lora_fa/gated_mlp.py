@@ -151,7 +151,7 @@ def _backward(
     gradients: list[Tensor | None] = [torch.zeros_like(B[i], dtype=wide) if wants[i] else None for i in (0, 1)]
     rows = dy_TD.shape[0]
     dx_TD = torch.empty(rows, ctx.x_shape[-1], dtype=ctx.x_dtype, device=dy.device) if wants_x else None
-    for start, stop in row_blocks(e_TF):
+    for start, stop in row_blocks(e_TF, 1 << 18):  # large enough for the products to run at full speed
         part = slice(start, stop)
         da = input_gradient(dy_TD[part], u_down_TR[part], down_weight, operands[2], settings[2], start).to(inner)
         wide_parts = list(act.gradients(da, e_TF[part], g_TF[part]))
@@ -170,7 +170,10 @@ def _backward(
                 dx_parts[0].to(dx_TD.dtype).add_(dx_parts[1])
             )
     gradients.append(dB_down)
-    cast = [None if dB is None else dB.to(each.B_NR.dtype) for dB, each in zip(gradients, operands, strict=True)]
+    cast = [
+        None if dB is None else dB.to(each.B_NR.dtype).mul_(setting.scale)
+        for dB, each, setting in zip(gradients, operands, settings, strict=True)
+    ]
     return None if dx_TD is None else dx_TD.view(ctx.x_shape), cast
 
 

@@ -12,20 +12,27 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lightning_efficient.lora_fa.dropout import keep_mask
+from lightning_efficient.lora_fa.dropout import Keep
 
-_BLOCK_ELEMENTS = {"cpu": 1 << 17}
-"""Entries of a block of rows: what a core's second-level cache holds; elsewhere enough to fill the device."""
-_DEVICE_BLOCK_ELEMENTS = 1 << 24
+_CACHED = 1 << 16
+"""Entries of a block of rows on the CPU: what stays in a core's cache over several elementwise passes."""
+_DEVICE = 1 << 24
+"""Elsewhere: enough to fill the device."""
 
 
-def row_blocks(like: Tensor) -> Iterator[tuple[int, int]]:
-    """Yield (start, stop) of blocks of the rows of a matrix; a single one while compiling, where loops are fused."""
-    (rows, width), device = like.shape, like.device.type
+def row_blocks(like: Tensor, cached: int = _CACHED) -> Iterator[tuple[int, int]]:
+    """Yield (start, stop) of blocks of the rows of a matrix; a single one while compiling, where loops are fused.
+
+    Args:
+        like: the matrix.
+        cached: entries of a block on the CPU.
+    """
+    rows, width = like.shape
     if torch.compiler.is_compiling():
         yield 0, rows
         return
-    step = max(32, _BLOCK_ELEMENTS.get(device, _DEVICE_BLOCK_ELEMENTS) // max(1, width) // 32 * 32)
+    elements = cached if like.device.type == "cpu" else _DEVICE
+    step = max(16, elements // max(1, width) // 16 * 16)
     for start in range(0, rows, step):
         yield start, min(start + step, rows)
 
@@ -47,12 +54,13 @@ def project(x_TK: Tensor, A_RK: Tensor, seed_2: Tensor | None, p: float, first_r
 
         return project_in_triton(x_TK, A_RK, seed_2, p, first_row)
     h_TR = torch.empty(x_TK.shape[0], A_RK.shape[0], dtype=A_RK.dtype, device=x_TK.device)
+    keep = None if seed_2 is None else Keep(seed_2, _rows(x_TK, first_row), x_TK.shape[1], p, x_TK.device)
     for start, stop in row_blocks(x_TK):
         block = x_TK[start:stop].to(A_RK.dtype)
-        if seed_2 is not None:
-            block = block * keep_mask(seed_2, (first_row + start, first_row + stop), A_RK.shape[1], p, x_TK.device)
+        if keep is not None:
+            block = keep.factors(start, stop, A_RK.dtype).mul_(block)
         torch.mm(block, A_RK.t(), out=h_TR[start:stop])
-    return h_TR if seed_2 is None else h_TR.mul_(1 / (1 - p))
+    return h_TR if keep is None else h_TR.mul_(1 / (1 - p))
 
 
 def add_expanded(
@@ -67,11 +75,12 @@ def add_expanded(
 
         add_expanded_in_triton(dx_TK, u_TR, A_RK, seed_2, p, first_row)
         return
-    u_TR = u_TR if seed_2 is None else u_TR * (1 / (1 - p))
+    keep = None if seed_2 is None else Keep(seed_2, _rows(dx_TK, first_row), dx_TK.shape[1], p, dx_TK.device)
+    u_TR = u_TR if keep is None else u_TR * (1 / (1 - p))
     for start, stop in row_blocks(dx_TK):
         block = u_TR[start:stop] @ A_RK
-        if seed_2 is not None:
-            block *= keep_mask(seed_2, (first_row + start, first_row + stop), A_RK.shape[1], p, dx_TK.device)
+        if keep is not None:
+            block *= keep.factors(start, stop, A_RK.dtype)
         dx_TK[start:stop].add_(block)
 
 
@@ -88,11 +97,14 @@ def add_product(y_TN: Tensor, h_TR: Tensor, B_NR: Tensor, scale: float) -> None:
 def up_gradients(
     dy_TN: Tensor, h_TR: Tensor, B_NR: Tensor, scale: float, *, u: bool = True, dB: bool = True
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return ``scale dy B`` (T, R) and ``scale dy^T h`` (N, R), in B's dtype; None for what is not wanted."""
+    """Return ``scale dy B`` (T, R) and ``dy^T h`` (N, R), in B's dtype; None for what is not wanted.
+
+    The second is left without the scale, which is applied once it is in the parameter's dtype: one rounding less.
+    """
     if dy_TN.dtype == B_NR.dtype:
         return (
             (dy_TN @ B_NR).mul_(scale) if u else None,
-            (dy_TN.t() @ h_TR).mul_(scale) if dB else None,
+            dy_TN.t() @ h_TR if dB else None,
         )
     u_TR = torch.empty(dy_TN.shape[0], B_NR.shape[1], dtype=B_NR.dtype, device=dy_TN.device) if u else None
     dB_NR = torch.zeros_like(B_NR) if dB else None
@@ -102,7 +114,11 @@ def up_gradients(
             torch.mm(block, B_NR, out=u_TR[start:stop])
         if dB_NR is not None:
             dB_NR.addmm_(block.t(), h_TR[start:stop])
-    return None if u_TR is None else u_TR.mul_(scale), None if dB_NR is None else dB_NR.mul_(scale)
+    return None if u_TR is None else u_TR.mul_(scale), dB_NR
+
+
+def _rows(matrix: Tensor, first: int) -> tuple[int, int]:
+    return first, first + matrix.shape[0]
 
 
 def runs_on_triton(tensor: Tensor) -> bool:

@@ -20,10 +20,7 @@ def _round(z):
 
 @triton.jit
 def _hash(index, word):
-    z = index * 0x9E3779B9 + word
-    z = _round(z)
-    z = (z ^ (z >> 16)) + word
-    z = _round(z)
+    z = _round(index * 0x9E3779B9 + word)
     return (z ^ (z >> 16)) + word
 
 

@@ -129,7 +129,7 @@ def test_training_starts_from_a_pretrained_checkpoint(tmp_path: Path) -> None:
 
 def test_a_pretrained_checkpoint_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     data = SyntheticTokens(vocab_size=16, block_size=8, batch_size=4)
-    with pytest.raises(FileNotFoundError, match="There is no checkpoint 'nowhere.ckpt'"):
+    with pytest.raises(FileNotFoundError, match=r"There is no checkpoint 'nowhere.ckpt'"):
         fit(tmp_path, LlamaLM(vocab_size=16, pretrained="nowhere.ckpt", **SMALL), data, max_steps=1)
     (tmp_path / "broken.ckpt").write_bytes(b"not a checkpoint")
     with pytest.raises(ValueError, match="do not fit the model"):
