@@ -59,7 +59,7 @@ def _all_reduce_bytes(rank: int, world_size: int, numel: int) -> tuple[float, in
     dist.barrier()
     before = tx_bytes_here()
     dist.all_reduce(x)
-    dist.barrier()  # a send is done once it is in the socket's buffer; counted once it has left, as what has arrived has
+    dist.barrier()  # a send ends in the socket's buffer, and counts once it has left: as what has arrived has
     return x[0].item(), tx_bytes_here() - before
 
 
