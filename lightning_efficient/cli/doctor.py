@@ -27,6 +27,8 @@ _CORE = ("lightning", "torch", "torchmetrics", "jsonargparse", "triton", "rich",
 _EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "data": ("the digits data of the vision recipes", ("sklearn",)),
     "hf": ("HFCausalLM: any causal language model of transformers", ("transformers",)),
+    "peft": ("LoRA-FA on PEFT's own layers; the configuration file of an exported adapter", ("peft",)),
+    "quantized": ("LoRA-FA on bases that bitsandbytes quantises", ("bitsandbytes",)),
     "flower": ("federated learning over Flower's engine", ("flwr",)),
     "plots": ("figures of the benchmarks", ("matplotlib",)),
     "bench": ("the benchmarks", ("sklearn", "psutil")),
