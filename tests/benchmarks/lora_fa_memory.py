@@ -115,8 +115,8 @@ keeps casts of frozen weights, casts of inputs and masks; the lean function keep
 attention, norms and activations: the gated block and the norms as functions take another sixth to third of it, and are
 what it takes to be below compiled PEFT LoRA-FA in every setting. With checkpointing only the block that is being
 computed again counts, so little but the peak differs. All logits at once hide the layers; a loss in chunks is the
-remedy. In T5 attention's own maps are most of what is kept. A model's own dropout masks are kept by all methods, at four
-bytes an entry on a CPU where a GPU keeps one: divide that part by four for a GPU.
+remedy. In T5 attention's own maps are most of what is kept. A model's own dropout masks are kept by all methods, at
+four bytes an entry on a CPU where a GPU keeps one: divide that part by four for a GPU.
 """
 
 
