@@ -37,7 +37,8 @@ class LeanGatedMLP:
         linears = [getattr(self, name) for name in _LINEARS]
         operands = [each.operand() if isinstance(each, LeanLinear) else None for each in linears]
         gate, up, down = operands
-        if gate is None or up is None or down is None or args or kwargs or any(map(watched, linears)):
+        inner = linears if (activation := _activation_of(self)) is None else [*linears, activation]
+        if gate is None or up is None or down is None or args or kwargs or any(map(watched, inner)):
             y: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
             return y
         return adapted_gated_mlp(x, gate, up, down, self.lora_fa_activation)
@@ -48,11 +49,11 @@ class LeanRMSNorm:
 
     weight: Tensor
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the normalised ``x``, (..., D)."""
         # Modules differ in whether they compute float64 in float64, and nobody trains in it.
-        if self.weight.requires_grad or x.dtype == torch.float64:
-            y: Tensor = super().forward(x)  # type: ignore[misc]
+        if self.weight.requires_grad or x.dtype == torch.float64 or args or kwargs:
+            y: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
             return y
         return rms_norm(x, self.weight, _eps(self))
 
@@ -114,9 +115,13 @@ def _gate_of(block: nn.Module) -> str | None:
     """The activation of what looks like a gated block, None for other modules."""
     if not all(hasattr(block, name) for name in _LINEARS):
         return None
-    named = getattr(block, "act_fn", getattr(block, "activation_fn", None))
+    named = _activation_of(block)
     kind = "silu" if named is None else _ACTIVATIONS.get(type(named).__name__)
     return kind if kind in GATES else None
+
+
+def _activation_of(block: Any) -> Any:
+    return getattr(block, "act_fn", getattr(block, "activation_fn", None))
 
 
 def _activations_among_lean(parent: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -145,7 +150,8 @@ def _swap_if_equal(module: nn.Module, mixin: type, trial: dict[str, nn.Module | 
     module.eval()
     equal = False
     try:
-        with torch.no_grad():
+        # A Trainer makes its GPU the default device while it builds a model.
+        with torch.no_grad(), torch.device("cpu"):
             equal = all(_equal(module, mixin, trial, dtype) for dtype in (torch.float32, torch.bfloat16))
     except (RuntimeError, TypeError, ValueError, AttributeError):
         pass  # it is not what its names make it look like
@@ -164,7 +170,7 @@ def _equal(module: nn.Module, mixin: type, trial: dict[str, nn.Module | nn.Param
     for name, each in trial.items():
         one = each if isinstance(each, nn.Module) else nn.Parameter(each.to(dtype), requires_grad=False)
         setattr(module, name, one.to(dtype) if isinstance(one, nn.Module) else one)
-    x = torch.randn(2, 3, _TRIAL_WIDTH, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x = _normal(2, 3, _TRIAL_WIDTH, generator=torch.Generator().manual_seed(0)).to(dtype)
     before = module(x)
     swap(module, mixin)
     try:
@@ -180,19 +186,24 @@ def _trial_linears() -> dict[str, nn.Module | nn.Parameter]:
     for name in _LINEARS:
         base = nn.utils.skip_init(nn.Linear, _TRIAL_WIDTH, _TRIAL_WIDTH, bias=False, dtype=torch.float32)
         layer = LoRAFALinear(base)
-        A_RK = torch.randn(2, _TRIAL_WIDTH, generator=generator)
+        A_RK = _normal(2, _TRIAL_WIDTH, generator=generator)
         layer.add_adapter("default", A_RK, scale=1.0, alpha=2.0, dropout=0.0)
         with torch.no_grad():
-            base.weight.copy_(torch.randn(base.weight.shape, generator=generator))
-            next(layer.lora_B["default"].parameters()).copy_(torch.randn(_TRIAL_WIDTH, 2, generator=generator))
+            base.weight.copy_(_normal(_TRIAL_WIDTH, _TRIAL_WIDTH, generator=generator))
+            next(layer.lora_B["default"].parameters()).copy_(_normal(_TRIAL_WIDTH, 2, generator=generator))
         swap(layer, LeanLinear)
         trial[name] = layer
     return trial
 
 
 def _trial_gain() -> nn.Parameter:
-    gain = torch.randn(_TRIAL_WIDTH, generator=torch.Generator().manual_seed(0))
+    gain = _normal(_TRIAL_WIDTH, generator=torch.Generator().manual_seed(0))
     return nn.Parameter(gain, requires_grad=False)
+
+
+def _normal(*shape: int, generator: torch.Generator) -> Tensor:
+    """Random numbers that the default device and dtype do not enter."""
+    return torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
 
 
 def _eps(norm: Any) -> Any:

@@ -111,3 +111,41 @@ def test_trying_a_block_leaves_the_modes_of_its_children_alone() -> None:
     assert block.training
     assert block.other.training
     assert not block.dropout.training
+
+
+def test_the_default_device_of_a_trainer_that_builds_a_model_does_not_matter() -> None:
+    model = nn.Sequential(Gated(usual))
+    with torch.device("meta"):  # as with a GPU, a generator of the CPU does not fit there
+        report = apply_lora_fa(model, LoRAFAConfig(r=2))
+
+    assert report.lean_blocks == ["0"]
+
+
+def test_an_activation_that_is_watched_is_called() -> None:
+    model, seen = nn.Sequential(Gated(usual, nn.SiLU())), []
+    assert apply_lora_fa(model, LoRAFAConfig(r=2)).lean_blocks == ["0"]
+    model[0].act_fn.register_forward_hook(lambda *args: seen.append(1))
+    model(normal(3, 8, dtype=torch.float32))
+
+    assert seen == [1]
+
+
+class RMSNorm(nn.Module):
+    """With an argument that most have not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(8)), 1e-6
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        x = x if residual is None else x + residual
+        return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps))
+
+
+def test_a_norm_with_a_second_argument_still_takes_it() -> None:
+    model = nn.ModuleDict({"norm": RMSNorm(), "linear": nn.Linear(8, 8)})
+    x = normal(3, 8, dtype=torch.float32)
+    before = model["norm"](x, x)
+    apply_lora_fa(model, LoRAFAConfig(r=2))
+
+    assert torch.equal(model["norm"](x, x), before)
