@@ -49,7 +49,8 @@ def choose_directions(
     with torch.no_grad():  # equal sums can still turn into different bits on different machines
         for layer in adapted_layers(backbone).values():
             for down in layer.lora_A.values():
-                down.weight.copy_(trainer.strategy.broadcast(down.weight))
+                # From the CPU: each rank would unpickle a CUDA tensor on the sender's GPU.
+                down.weight.copy_(trainer.strategy.broadcast(down.weight.cpu()))
 
 
 def _check(pl_module: pl.LightningModule, backbone: nn.Module, config: LoRAFAConfig) -> None:

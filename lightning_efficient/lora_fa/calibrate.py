@@ -103,7 +103,7 @@ class _InputProduct(_Product):
         return [self.layer.register_forward_pre_hook(self._add)]
 
     def _add(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(self.basis.device.type, enabled=False):
             x_TK = args[0].detach().reshape(-1, args[0].shape[-1]).to(self.basis.dtype)
             self.sum += x_TK.t() @ (x_TK @ self.basis)
             self.rows += len(x_TK)
@@ -144,10 +144,11 @@ class _GradientProduct(_Product):
     def _add(self, x_TK: Tensor, rows: Tensor, dy: Tensor) -> None:
         dy_TN = dy.detach().reshape(-1, dy.shape[-1])[rows].to(x_TK.dtype)
         self.rows += len(x_TK)
-        if self.range_NQ is None:
-            self.sum += dy_TN.t() @ (x_TK @ self.basis)
-        else:
-            self.sum += (dy_TN @ self.range_NQ).t() @ x_TK
+        with torch.autocast(self.basis.device.type, enabled=False):
+            if self.range_NQ is None:
+                self.sum += dy_TN.t() @ (x_TK @ self.basis)
+            else:
+                self.sum += (dy_TN @ self.range_NQ).t() @ x_TK
 
     def turn(self, total: Tensor, rows: int, name: str) -> None:
         super().turn(total, rows, name)

@@ -232,3 +232,17 @@ def test_orthonormalize_keeps_the_outputs(backend: str, init: Any) -> None:
     assert [n for n, p in model.named_parameters() if p.requires_grad] == [
         f"{n}.lora_B.default.weight" for n in TARGETS
     ]
+
+
+def test_calibration_under_autocast_adds_up_in_float32() -> None:
+    def A(autocast: bool) -> Tensor:
+        model, x = fresh(), normal(300, 12, dtype=torch.float32)
+
+        def run() -> None:
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                model(x)
+
+        calibrate(model, run, method="eva")
+        return A_of(adapted_layers(model)["first"])  # its input is x, whatever the model computes in
+
+    torch.testing.assert_close(A(True), A(False), rtol=1e-4, atol=1e-5)
