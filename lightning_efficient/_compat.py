@@ -57,6 +57,11 @@ def base_of_view(tensor: "Tensor") -> "Tensor | None":
     return tensor._base
 
 
+def storage_address(tensor: "Tensor") -> int:
+    """The address of the object that holds the tensor's memory, which there is without any memory, too."""
+    return int(tensor.untyped_storage()._cdata)
+
+
 def graph_task_id() -> int:
     """The number of the backward pass that this thread runs, -1 outside of one."""
     import torch

@@ -12,7 +12,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
-from lightning_efficient._compat import base_of_view
+from lightning_efficient._compat import base_of_view, storage_address
 
 
 class Kept(NamedTuple):
@@ -48,7 +48,7 @@ class SavedBytes:
         self.result: Any = None
         self._names = {} if module is None else {id(each): name for name, each in module.named_modules()}
         state = [] if module is None else [*module.parameters(), *module.buffers()]
-        self._model = {_storage(each) for each in state if _storage(each) != 0}
+        self._model = {_storage(each) for each in state}
         self._seen: set[int] = set()
         self._alive: list[Tensor] = []
         self._running: list[str] = []
@@ -144,7 +144,8 @@ def saved_bytes(fn: Callable[[], Any] | None = None, *, module: nn.Module | None
 
 
 def _storage(tensor: Tensor) -> int:
+    """The address of the memory, or of the storage where there is no memory: meta tensors and some subclasses."""
     try:
-        return tensor.untyped_storage().data_ptr()
-    except (RuntimeError, NotImplementedError):  # a tensor subclass without a storage of its own
-        return 0
+        return tensor.untyped_storage().data_ptr() or storage_address(tensor)
+    except (RuntimeError, NotImplementedError):
+        return storage_address(tensor)

@@ -133,3 +133,11 @@ def test_without_gradients_nothing_is_kept() -> None:
     net = model().requires_grad_(False)
 
     assert saved_bytes(lambda: net(torch.randn(3, 4)), module=net).total == 0
+
+
+def test_a_model_without_memory_keeps_as_much() -> None:
+    def kept(device: str) -> int:
+        net, x = model().to(device), torch.randn(3, 4, device=device)
+        return saved_bytes(lambda: net(x).sum(), module=net).total
+
+    assert kept("meta") == kept("cpu")
