@@ -130,6 +130,11 @@ def matches(name: str, wanted: str | Sequence[str] | None) -> bool:
     return any(name == each or name.endswith(f".{each}") for each in wanted)
 
 
+def pattern_meets(pattern: str, name: str) -> bool:
+    """Whether a key of ``rank_pattern`` or ``alpha_pattern`` means the module called ``name``, as in PEFT."""
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+
+
 def exactly(names: Sequence[str]) -> str:
     """Return a regular expression that matches these names and no others."""
     return "|".join(map(re.escape, names))
@@ -137,7 +142,7 @@ def exactly(names: Sequence[str]) -> str:
 
 def _by_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
+        if pattern_meets(pattern, name):
             return value
     return default
 

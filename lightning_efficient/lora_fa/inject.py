@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_efficient.lora_fa import blocks
-from lightning_efficient.lora_fa.config import LoRAFAConfig, matches
+from lightning_efficient.lora_fa.config import LoRAFAConfig, matches, pattern_meets
 from lightning_efficient.lora_fa.frozen import is_linear, sizes
 from lightning_efficient.lora_fa.init import draw_A
 from lightning_efficient.lora_fa.layer import LeanLinear, LoRAFALinear
@@ -203,6 +203,7 @@ def target_names(module: nn.Module, config: LoRAFAConfig) -> list[str]:
             f"target_modules={config.target_modules!r} (without {config.exclude_modules!r}) matches no linear: nothing "
             f"would be adapted. The linears here are {some}; name some of them."
         )
+    _warn_of_idle_patterns(config, names)
     _warn_of_second_places(module, names)
     return names
 
@@ -264,6 +265,17 @@ def base_of(module: nn.Module) -> nn.Module:
     """Return the linear inside an adapted layer; another module as it is."""
     base: nn.Module = getattr(module, "base_layer", module)
     return base
+
+
+def _warn_of_idle_patterns(config: LoRAFAConfig, names: list[str]) -> None:
+    """A misspelt pattern would otherwise change nothing, and say nothing."""
+    for setting, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
+        for pattern in patterns:
+            if not any(pattern_meets(pattern, name) for name in names):
+                warnings.warn(
+                    f"{setting} has {pattern!r}, which means no adapted linear: it does nothing. Correct or remove it.",
+                    stacklevel=5,
+                )
 
 
 def _warn_of_second_places(module: nn.Module, names: list[str]) -> None:

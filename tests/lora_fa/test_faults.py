@@ -266,3 +266,16 @@ def test_peft_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(ModuleNotFoundError, match=r"lightning-efficient\[peft\].*backend='native'"):
         apply_lora_fa(block(), LoRAFAConfig(r=2, backend="peft"))
     assert fill_B(adapted_block(r=2, backend="native"))(X).shape == (5, 3)
+
+
+@pytest.mark.parametrize(
+    "idle",
+    [
+        {"rank_pattern": {"tpyo": 2}},
+        {"alpha_pattern": {"tpyo": 2.0}},
+    ],
+)
+def test_a_pattern_that_means_nothing_is_told(idle: dict[str, Any]) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    with pytest.warns(UserWarning, match=f"{next(iter(idle))} has 'tpyo', which means no adapted linear"):
+        apply_lora_fa(model, LoRAFAConfig(r=2, **idle))
