@@ -316,7 +316,8 @@ class LoRAFA(Callback):
         kept = (
             f", {self.stats['lora_fa/saved_mib']:.1f} MiB kept per batch" if "lora_fa/saved_mib" in self.stats else ""
         )
-        rank_zero_info(f"LoRA-FA: {int(self.stats['lora_fa/adapted'])} lean linears trained{kept}")
+        lean, plain = int(self.stats["lora_fa/adapted"]), int(self.stats["lora_fa/fell_back"])
+        rank_zero_info(f"LoRA-FA: {lean + plain} adapted linears trained, {lean} of them lean{kept}")
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -75,10 +75,15 @@ class LoRAFAConfig:
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
                 raise ValueError(f"the rank ({where}) is {rank!r}: an adapter needs at least 1. Set a whole number.")
         for where, alpha in {"alpha": self.alpha, **self.alpha_pattern}.items():
-            if not (math.isfinite(alpha) and alpha > 0):
+            if not (_is_number(alpha) and math.isfinite(alpha) and alpha > 0):
                 raise ValueError(f"the scale ({where}) is {alpha!r}: it multiplies the update. Set it above 0.")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout}: it is a probability. Set it in [0, 1); 0 is none.")
+        if not (_is_number(self.dropout) and 0 <= self.dropout < 1):
+            raise ValueError(f"dropout is {self.dropout!r}: it is a probability. Set it in [0, 1); 0 is none.")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ValueError(f"seed is {self.seed!r}: every A follows from it. Set a whole number.")
+        for name in ("lean", "use_rslora"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}: it is a switch. Set true or false.")
         _check_choice("init", self.init, get_args(Init))
         _check_choice("dropout_mode", self.dropout_mode, get_args(DropoutMode))
         _check_choice("adapter_dtype", self.adapter_dtype, ADAPTER_DTYPES)
@@ -145,6 +150,10 @@ def _by_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
         if pattern_meets(pattern, name):
             return value
     return default
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _check_choice(name: str, value: str, known: Sequence[str]) -> None:

@@ -20,8 +20,8 @@ ROUND = (0x7FEB352D, -0x7B935975)
 def draw_seed() -> Tensor:
     """Draw a seed, (2,) int32 on the CPU, from torch's default generator.
 
-    From the CPU's generator on every device: no device is waited for, and what restores that generator (activation
-    checkpointing, Lightning's resume) repeats the mask.
+    From the CPU's generator on every device: no value has to be read from a device, and activation checkpointing, which
+    restores that generator, repeats the mask.
     """
     return torch.randint(-(2**31), 2**31, (2,), dtype=torch.int64, device="cpu").to(torch.int32)
 
@@ -40,7 +40,8 @@ class Keep:
     def __init__(self, seed_2: Tensor, rows: tuple[int, int], columns: int, p: float, device: torch.device) -> None:
         count = rows[1] - rows[0]
         index = torch.cat([torch.arange(*each, dtype=torch.int32, device=device) for each in (rows, (0, columns))])
-        words = torch.cat([seed_2[0].expand(count), seed_2[1].expand(columns)]).to(device, non_blocking=True)
+        seed_2 = seed_2.to(device)
+        words = torch.cat([seed_2[0].expand(count), seed_2[1].expand(columns)])
         keys = _hash(index, words)
         self._rows_T1, self._columns_K = keys[:count, None], keys[count:]
         self._threshold = threshold(p)

@@ -14,6 +14,7 @@ Dimension letters: T tokens, K inputs, N outputs, R rank.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -163,7 +164,7 @@ class _LoRAFA(torch.autograd.Function):
         tensors = Tensors(*flat)
         wants_x, wants_B = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
         dy_TN = dy.reshape(-1, dy.shape[-1])
-        with torch.autocast(dy.device.type, enabled=False):
+        with autocast_off(dy.device.type):
             u_TR, dB_NR = up_gradients(
                 dy_TN, h_TR, tensors.B_NR.to(h_TR.dtype), ctx.setting.scale, u=wants_x, dB=wants_B
             )
@@ -181,7 +182,7 @@ def forward_linear(x: Tensor, tensors: Tensors, setting: Setting) -> tuple[Tenso
     if tensors.weight_NK is None:
         assert setting.base is not None
         y = setting.base.forward(x)
-    with torch.autocast(x.device.type, enabled=False):
+    with autocast_off(x.device.type):
         x = x if cast is None else x.to(cast)
         if tensors.weight_NK is not None:
             weight_NK, bias_N = _cast(tensors.weight_NK, cast), _cast(tensors.bias_N, cast)
@@ -238,9 +239,18 @@ def weight_of(tensors: Tensors, setting: Setting, dtype: torch.dtype) -> Tensor:
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast would compute a linear of ``x`` in; None where it would leave x alone."""
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
+    if x.dtype == torch.float64 or not _autocasts(x.device.type):
         return None
     return torch.get_autocast_dtype(x.device.type)
+
+
+def autocast_off(device: str) -> AbstractContextManager[Any]:
+    """Return a context without autocast, for code that casts by itself."""
+    return torch.autocast(device, enabled=False) if _autocasts(device) else nullcontext()
+
+
+def _autocasts(device: str) -> bool:
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def _adapter_dtype(x: Tensor, A_RK: Tensor) -> torch.dtype:

@@ -19,6 +19,7 @@ from lightning_efficient.lora_fa.frozen import Dense
 from lightning_efficient.lora_fa.functional import (
     Setting,
     Tensors,
+    autocast_off,
     draw_dropout,
     forward_linear,
     input_gradient,
@@ -124,7 +125,7 @@ class _GatedMLP(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Any:
         saved = ctx.saved_tensors  # once: checkpointing refuses to unpack a tensor again
         (e, g, *hidden), operands = saved[:5], _unflatten(saved[5:])
-        with torch.autocast(dy.device.type, enabled=False):
+        with autocast_off(dy.device.type):
             dx, gradients = _backward(ctx, dy, e, g, hidden, operands)
         flat: list[Tensor | None] = []
         for dB_NR in gradients:

@@ -44,9 +44,10 @@ class LoRAFAReport:
     def __str__(self) -> str:
         said = (
             f"LoRA-FA: {len(self.adapted) + len(self.fell_back)} linears adapted, {len(self.lean_blocks)} blocks and "
-            f"norms lean; {self.trainable:,} of {self.total:,} parameters train; the adapters keep "
-            f"{self.est_saved_bytes_per_token:,} bytes per token"
+            f"norms lean; {self.trainable:,} of {self.total:,} parameters train"
         )
+        if self.adapted:
+            said += f"; lean adapters keep {self.est_saved_bytes_per_token:,} bytes per token"
         if self.fell_back:
             some = "; ".join(f"{name}: {reason}" for name, reason in list(self.fell_back.items())[:5])
             said += f". Not lean, {len(self.fell_back)}: {some}"

@@ -6,8 +6,10 @@ and dropout are applied to a block of rows at a time. This file also chooses, in
 Dimension letters: T tokens, K inputs, N outputs, R rank.
 """
 
+import importlib.util
 import os
 from collections.abc import Iterator
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -31,8 +33,8 @@ def row_blocks(like: Tensor, cached: int = _CACHED) -> Iterator[tuple[int, int]]
     if torch.compiler.is_compiling():
         yield 0, rows
         return
-    elements = cached if like.device.type == "cpu" else _DEVICE
-    step = max(16, elements // max(1, width) // 16 * 16)
+    elements, multiple = (cached, 16) if like.device.type == "cpu" else (_DEVICE, 128)
+    step = max(multiple, elements // max(1, width) // multiple * multiple)
     for start in range(0, rows, step):
         yield start, min(start + step, rows)
 
@@ -125,4 +127,11 @@ def runs_on_triton(tensor: Tensor) -> bool:
     """Whether the Triton kernels run: on a CUDA device, or interpreted for tests."""
     if torch.compiler.is_compiling():
         return False  # inductor fuses the mask into its own kernels
-    return tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    wanted = tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    return wanted and _has_triton()
+
+
+@cache
+def _has_triton() -> bool:
+    """Whether Triton is installed; torch's operations give the same results without it."""
+    return importlib.util.find_spec("triton") is not None

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from lightning_efficient.lora_fa import lora_fa_linear
+from lightning_efficient.lora_fa import LoRAFAConfig, apply_lora_fa, lora_fa_linear
 from lightning_efficient.lora_fa.dropout import keep_mask
 from lightning_efficient.lora_fa.frozen import Dense
 from lightning_efficient.lora_fa.functional import Setting, adapted_linear
@@ -195,3 +195,15 @@ def test_a_base_may_return_any_memory_order() -> None:
     y = lora_fa_linear(x, base, lambda: weight, A, B, SCALE)
 
     torch.testing.assert_close(y, x @ (weight + SCALE * B @ A).t())
+
+
+def test_the_meta_device_gives_shapes() -> None:
+    """As Lightning's measure_flops runs a model."""
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(8, 6))
+    apply_lora_fa(model, LoRAFAConfig(r=2))
+    y = model(torch.empty(3, 8, device="meta", requires_grad=True))
+    y.sum().backward()
+
+    assert y.shape == (3, 6)
+    assert model[0].lora_B["default"].weight.grad.shape == (6, 2)
