@@ -275,11 +275,11 @@ def test_peft_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(
     "idle",
     [
-        {"rank_pattern": {"tpyo": 2}},
-        {"alpha_pattern": {"tpyo": 2.0}},
+        {"rank_pattern": {"nowhere": 2}},
+        {"alpha_pattern": {"nowhere": 2.0}},
     ],
 )
 def test_a_pattern_that_means_nothing_is_told(idle: dict[str, Any]) -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
-    with pytest.warns(UserWarning, match=f"{next(iter(idle))} has 'tpyo', which means no adapted linear"):
+    with pytest.warns(UserWarning, match=f"{next(iter(idle))} has 'nowhere', which means no adapted linear"):
         apply_lora_fa(model, LoRAFAConfig(r=2, **idle))
