@@ -101,7 +101,8 @@ class SavedBytes:
     def _pack(self, tensor: Tensor) -> Tensor:
         for each in _ENTERED:  # autograd asks the innermost hooks alone
             each._count(tensor)
-        return tensor
+        # Not the tensor itself: one that is its operation's own result would hold the graph that holds it.
+        return tensor.detach()
 
     def _count(self, tensor: Tensor) -> None:
         base = base_of_view(tensor)

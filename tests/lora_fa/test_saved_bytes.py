@@ -1,5 +1,8 @@
 """The count of what autograd keeps."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -127,6 +130,28 @@ def test_a_module_that_raises_inside_does_not_shift_the_names_after_it() -> None
         (net["good"](x).exp()).sum()
 
     assert kept.by_module() == {"good": 3 * 4 * 4, "": 3 * 4 * 4}
+
+
+def test_a_graph_that_never_runs_backward_is_freed() -> None:
+    x = torch.randn(64, requires_grad=True)
+    with saved_bytes():
+        y = x.exp()  # keeps its own result
+    gone = weakref.ref(y)
+    del y
+    gc.collect()
+
+    assert gone() is None
+
+
+def test_second_derivatives_are_those_without_counting() -> None:
+    x = torch.randn(5, dtype=torch.float64, requires_grad=True)
+
+    def second() -> Tensor:
+        (first,) = torch.autograd.grad((x.exp() * x.tanh()).sum(), x, create_graph=True)
+        return torch.autograd.grad(first.sum(), x)[0]
+
+    expected = second()
+    assert torch.equal(saved_bytes(second).result, expected)
 
 
 def test_without_gradients_nothing_is_kept() -> None:
