@@ -68,8 +68,8 @@ def compressed(module: nn.Module) -> FrozenLinear | None:
     return None
 
 
-class _FourBit:
-    """bitsandbytes' NF4 and FP4."""
+class _Compressed:
+    """A linear that multiplies by itself; its kinds differ in how the weight comes back."""
 
     def __init__(self, layer: nn.Linear) -> None:
         self.layer = layer
@@ -77,6 +77,10 @@ class _FourBit:
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.layer(x)
         return y
+
+
+class _FourBit(_Compressed):
+    """bitsandbytes' NF4 and FP4."""
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         from bitsandbytes.functional import dequantize_4bit
@@ -89,15 +93,8 @@ class _FourBit:
         return whole.to(dtype)
 
 
-class _EightBit:
+class _EightBit(_Compressed):
     """bitsandbytes' LLM.int8()."""
-
-    def __init__(self, layer: nn.Linear) -> None:
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.layer(x)
-        return y
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         from bitsandbytes.functional import int8_vectorwise_dequant
@@ -112,15 +109,8 @@ class _EightBit:
         return whole.to(dtype)
 
 
-class _Dequantizable:
+class _Dequantizable(_Compressed):
     """A linear whose weight is a tensor subclass with ``dequantize``, as torchao's are."""
-
-    def __init__(self, layer: nn.Linear) -> None:
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.layer(x)
-        return y
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         whole: Tensor = self.layer.weight.dequantize()

@@ -59,7 +59,6 @@ def apply_lora_fa(
     config: LoRAFAConfig | None = None,
     *,
     adapter_name: str = ADAPTER_NAME,
-    prefix: str = "",
 ) -> LoRAFAReport:
     """Freeze ``module`` and put LoRA-FA adapters on its linears, in place.
 
@@ -71,7 +70,6 @@ def apply_lora_fa(
         module: the model, on any device.
         config: what to put where.
         adapter_name: of the adapters.
-        prefix: what names in ``module`` are preceded by elsewhere; enters nothing but messages.
 
     Returns:
         What was adapted, and what could not be lean.
@@ -285,10 +283,11 @@ def _warn_of_second_places(module: nn.Module, names: list[str]) -> None:
         parent, _, last = name.rpartition(".")
         places.setdefault(id(each), {})[id(module.get_submodule(parent)), last] = name
     for name in names:
-        others = [each for each in places[id(module.get_submodule(name))].values() if each != name]
-        if len(others) > 0 and len(places[id(module.get_submodule(name))]) > 1:
+        mine = places[id(module.get_submodule(name))].values()
+        if len(mine) > 1:
+            other = next(each for each in mine if each != name)
             warnings.warn(
-                f"{name!r} is also {others[0]!r}: only the first gets an adapter, as in PEFT. Give the other a linear "
+                f"{name!r} is also {other!r}: only the first gets an adapter, as in PEFT. Give the other a linear "
                 "of its own, or name the first in exclude_modules.",
                 stacklevel=4,
             )
