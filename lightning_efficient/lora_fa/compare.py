@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import nn
 
+from lightning_efficient._saved_bytes import saved_bytes
 from lightning_efficient.lora_fa import blocks
 from lightning_efficient.lora_fa.config import LoRAFAConfig
 from lightning_efficient.lora_fa.inject import adapted_layers, apply_lora_fa
 from lightning_efficient.lora_fa.layer import LeanLinear
-from lightning_efficient.lora_fa.saved_bytes import saved_bytes
 from lightning_efficient.lora_fa.swap import swap
 
 

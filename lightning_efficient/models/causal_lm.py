@@ -14,7 +14,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_efficient.models._module import EpochMean, TrainableModule, load_weights
-from lightning_efficient.models.llama import LLAMA_PRESETS, Llama, LlamaConfig
+from lightning_efficient.models.llama import LLAMA_PRESETS, Attention, Llama, LlamaConfig
 
 TokenBatch: TypeAlias = "dict[str, Tensor]"
 
@@ -149,6 +149,7 @@ class LlamaLM(CausalLM):
         num_heads: see ``hidden_size``.
         num_kv_heads: see ``hidden_size``.
         tie_embeddings: the head shares the embedding's weight.
+        attention: ``sdpa`` for torch's fused kernels, ``eager`` for the plain formula, as in :class:`LlamaConfig`.
         activation_checkpointing: recompute each decoder layer in backward instead of storing its activations.
         pretrained: a checkpoint of this class (of ``ModelCheckpoint``, or one made with ``save_weights_only``) whose
             weights to start from; read in ``configure_model``.
@@ -171,6 +172,7 @@ class LlamaLM(CausalLM):
         num_heads: int | None = None,
         num_kv_heads: int | None = None,
         tie_embeddings: bool = False,
+        attention: Attention = "sdpa",
         activation_checkpointing: bool = False,
         pretrained: str | None = None,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-3),
@@ -193,7 +195,7 @@ class LlamaLM(CausalLM):
             "num_kv_heads": num_kv_heads,
         }
         shape = LLAMA_PRESETS[size] | {name: value for name, value in replaced.items() if value is not None}
-        config = LlamaConfig(vocab_size=vocab_size, tie_embeddings=tie_embeddings, **shape)
+        config = LlamaConfig(vocab_size=vocab_size, tie_embeddings=tie_embeddings, attention=attention, **shape)
         self.model = Llama(config, activation_checkpointing=activation_checkpointing)
         self._to_load = pretrained
 

@@ -21,6 +21,8 @@ class HFCausalLM(CausalLM):
             folder or hub name of a trained model.
         activation_checkpointing: recompute layers in backward instead of storing their activations.
         dtype: name of a torch dtype in which the weights are held.
+        attention: transformers' word for how attention is computed, such as ``sdpa``, ``eager`` or
+            ``flash_attention_2``; ``None`` leaves the choice to transformers.
         optimizer: called with the parameters that train, in ``configure_optimizers``.
         lr_scheduler: called with the optimizer; advances once per step.
 
@@ -35,6 +37,7 @@ class HFCausalLM(CausalLM):
         *,
         activation_checkpointing: bool = False,
         dtype: str = "float32",
+        attention: str | None = None,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-4),
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
@@ -48,6 +51,7 @@ class HFCausalLM(CausalLM):
         self.source = source
         self.activation_checkpointing = activation_checkpointing
         self.dtype_of_weights = _floating_dtype(dtype)
+        self.attention = attention
         self.model: nn.Module | None = None
 
     @override
@@ -68,14 +72,17 @@ class HFCausalLM(CausalLM):
                 "Install it with: pip install 'lightning-efficient[hf]'"
             ) from error
         auto_model: Any = transformers.AutoModelForCausalLM
+        how: dict[str, Any] = {"dtype": self.dtype_of_weights}
+        if self.attention is not None:
+            how["attn_implementation"] = self.attention
         # The key-value cache only serves generation; in training it would hold every layer's keys and values.
         if isinstance(self.source, dict):
             config = transformers.AutoConfig.for_model(**self.source)
             config.use_cache = False
-            model = auto_model.from_config(config, dtype=self.dtype_of_weights)
+            model = auto_model.from_config(config, **how)
         else:
             try:
-                model = auto_model.from_pretrained(self.source, dtype=self.dtype_of_weights, use_cache=False)
+                model = auto_model.from_pretrained(self.source, use_cache=False, **how)
             except (OSError, ValueError) as error:
                 raise ValueError(
                     f"transformers cannot load a model from {self.source!r} ({_first_line(error)}). Give a folder made "

@@ -8,13 +8,17 @@ E size of a head, V vocabulary.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
+
+
+Attention: TypeAlias = Literal["sdpa", "eager"]
+"""How attention is computed: torch's fused kernels, or the whole (T, T) matrix of scores."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +37,11 @@ class LlamaConfig:
         norm_eps: added to the mean square in RMSNorm.
         tie_embeddings: the head shares the embedding's weight.
         init_std: standard deviation of the initial weights.
+        attention: ``sdpa`` for torch's fused kernels (flash attention where there is one), ``eager`` for the plain
+            formula, which stores the scores of all pairs of positions; the two agree up to rounding.
 
     Raises:
-        ValueError: a size is below 1, or sizes do not divide.
+        ValueError: a size is below 1, sizes do not divide, or there is no such attention.
     """
 
     vocab_size: int = 32_000
@@ -49,6 +55,7 @@ class LlamaConfig:
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
     init_std: float = 0.02
+    attention: Attention = "sdpa"
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "ffn_size", "num_layers", "num_heads", "kv_heads", "max_seq_len"):
@@ -63,6 +70,12 @@ class LlamaConfig:
             raise ValueError(
                 f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.kv_heads}: each key-value head "
                 "serves the same number of query heads. Change one of the two."
+            )
+
+        if self.attention not in ("sdpa", "eager"):
+            raise ValueError(
+                f"There is no attention {self.attention!r}: it is computed by torch's fused kernels (sdpa), or by the "
+                "plain formula (eager). Give one of the two."
             )
 
     @property
@@ -203,6 +216,7 @@ class _Attention(nn.Module):
         D, E, H, K = config.hidden_size, config.head_size, config.num_heads, config.kv_heads
         self.head_size = E
         self.grouped = H != K
+        self.attend = eager_attention if config.attention == "eager" else F.scaled_dot_product_attention
         self.q_proj = nn.Linear(D, H * E, bias=False)
         self.k_proj = nn.Linear(D, K * E, bias=False)
         self.v_proj = nn.Linear(D, K * E, bias=False)
@@ -213,7 +227,7 @@ class _Attention(nn.Module):
         q_BHTE = rotate(self._heads(self.q_proj(x_BTD)), *rope)
         k_BKTE = rotate(self._heads(self.k_proj(x_BTD)), *rope)
         v_BKTE = self._heads(self.v_proj(x_BTD))
-        y_BHTE = F.scaled_dot_product_attention(q_BHTE, k_BKTE, v_BKTE, is_causal=True, enable_gqa=self.grouped)
+        y_BHTE = self.attend(q_BHTE, k_BKTE, v_BKTE, is_causal=True, enable_gqa=self.grouped)
         y_BTD: Tensor = self.o_proj(y_BHTE.transpose(1, 2).flatten(2))
         return y_BTD
 
@@ -274,6 +288,35 @@ def rope_tables(length: int, head_size: int, *, theta: float, device: torch.devi
     angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), theta**-exponents)
     angles_TE = torch.cat((angles, angles), dim=-1)
     return angles_TE.cos(), angles_TE.sin()
+
+
+def eager_attention(
+    q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, *, is_causal: bool = True, enable_gqa: bool = False
+) -> Tensor:
+    r"""Attention by its formula, :math:`\mathrm{softmax}(q k^\top / \sqrt{E})\, v`, the softmax in float32.
+
+    Args:
+        q_BHTE: queries, (B, H, T, E).
+        k_BKTE: keys, (B, K, T, E); K is H, or divides it with ``enable_gqa``.
+        v_BKTE: values, likewise.
+        is_causal: hide later positions from earlier ones.
+        enable_gqa: each key-value head serves H / K query heads.
+
+    Returns:
+        (B, H, T, E).
+    """
+    if enable_gqa:
+        shared = q_BHTE.shape[1] // k_BKTE.shape[1]
+        k_BKTE, v_BKTE = k_BKTE.repeat_interleave(shared, dim=1), v_BKTE.repeat_interleave(shared, dim=1)
+    scores_BHTT = q_BHTE @ k_BKTE.transpose(-2, -1) / q_BHTE.shape[-1] ** 0.5
+    if is_causal:
+        T, S = scores_BHTT.shape[-2:]
+        later_TS = torch.ones(T, S, dtype=torch.bool, device=scores_BHTT.device).triu(S - T + 1)
+        scores_BHTT = scores_BHTT.masked_fill(later_TS, float("-inf"))
+    return (
+        F.softmax(scores_BHTT, dim=-1, dtype=torch.promote_types(scores_BHTT.dtype, torch.float32)).to(v_BKTE.dtype)
+        @ v_BKTE
+    )
 
 
 def rotate(x: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
