@@ -148,3 +148,15 @@ def _same_class(path: str, other: str) -> bool:
     """Whether two class paths name one class; a short name, without its module, counts as any class of that name."""
     short = "." not in path or "." not in other
     return path == other or (short and path.rsplit(".", 1)[-1] == other.rsplit(".", 1)[-1])
+
+
+def profiler_range(name: str) -> Any:
+    """A context manager that names a range in the profiler's record, a tenth the cost of `record_function`."""
+    from torch._C._profiler import _RecordFunctionFast
+
+    return _RecordFunctionFast(name)
+
+
+def profiler_records(profile: Any) -> list[Any]:
+    """The raw records of a finished `torch.profiler.profile`; its own `events()` takes seconds to build a tree."""
+    return list(profile.profiler.kineto_results.events())

@@ -1,1 +1,68 @@
 """Where the time and the memory of a training step go, and what serving costs: plain torch, for any module."""
+
+from lightning_efficient._saved_bytes import SavedBytes, saved_bytes
+from lightning_efficient.dissect.attribution import Attribution, attribute
+from lightning_efficient.dissect.events import Event, events_of
+from lightning_efficient.dissect.operators import kind_of
+from lightning_efficient.dissect.ranges import ModuleRanges
+from lightning_efficient.dissect.recorder import Recorder
+from lightning_efficient.dissect.result import (
+    Breakdown,
+    CaseResult,
+    Collective,
+    DissectReport,
+    Flops,
+    Machine,
+    Memory,
+    Operator,
+    Quantiles,
+    RankTimes,
+    Row,
+    Straggler,
+    Throughput,
+    Window,
+    from_json,
+    read_json,
+    to_json,
+    write_json,
+)
+from lightning_efficient.dissect.roles import role_of
+from lightning_efficient.dissect.stragglers import find_straggler, rank_times
+from lightning_efficient.dissect.window import CleanWindow, Counts, count_batch, quantiles
+
+__all__ = [
+    "Attribution",
+    "Breakdown",
+    "CaseResult",
+    "CleanWindow",
+    "Collective",
+    "Counts",
+    "DissectReport",
+    "Event",
+    "Flops",
+    "Machine",
+    "Memory",
+    "ModuleRanges",
+    "Operator",
+    "Quantiles",
+    "RankTimes",
+    "Recorder",
+    "Row",
+    "SavedBytes",
+    "Straggler",
+    "Throughput",
+    "Window",
+    "attribute",
+    "count_batch",
+    "events_of",
+    "find_straggler",
+    "from_json",
+    "kind_of",
+    "quantiles",
+    "rank_times",
+    "read_json",
+    "role_of",
+    "saved_bytes",
+    "to_json",
+    "write_json",
+]

@@ -275,7 +275,7 @@ class Straggler:
 
     Attributes:
         rank: its number.
-        behind_s: by how much its busy time exceeds the median of all ranks.
+        behind_s: by how much its busy time exceeds the median of the other ranks.
         row: the row in which it loses most against the median.
         row_behind_s: by how much.
     """

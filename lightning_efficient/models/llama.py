@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
 
-
 Attention: TypeAlias = Literal["sdpa", "eager"]
 """How attention is computed: torch's fused kernels, or the whole (T, T) matrix of scores."""
 

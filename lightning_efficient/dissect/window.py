@@ -1,0 +1,188 @@
+"""The clean steps: timed by marks alone, without a hook, a profiler, or a wait for the device between them."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_efficient.dissect.result import Quantiles, Throughput
+
+P99_FROM = 100
+"""A 99th percentile of fewer values would be a guess."""
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What a batch holds; numbers, or scalars on its device that nobody has waited for."""
+
+    tokens: int | Tensor = 0
+    padded_tokens: int | Tensor = 0
+    samples: int | Tensor = 0
+
+
+@dataclass(slots=True)
+class _Step:
+    marks: list[Any] = field(default_factory=list)
+    waits: list[float] = field(default_factory=list)
+    counts: list[Counts] = field(default_factory=list)
+
+
+class CleanWindow:
+    """Collects optimizer steps until there are enough; an interrupted one does not count.
+
+    On CUDA the marks are events on the current stream, read at the end: a wait in each step would hide what overlaps.
+
+    Args:
+        steps: how many are wanted.
+        device: where the training runs.
+    """
+
+    def __init__(self, steps: int, device: torch.device) -> None:
+        self._wanted = steps
+        self._cuda = device.type == "cuda"
+        self._done: list[tuple[_Step, Any]] = []
+        self._current: _Step | None = None
+        self._batch_ended: float | None = None
+
+    @property
+    def full(self) -> bool:
+        """Whether all steps have been collected."""
+        return len(self._done) >= self._wanted
+
+    def start_batch(self, counts: Counts, *, new_step: bool) -> None:
+        """A batch begins; ``new_step`` if an optimizer step begins with it, which ends the one before."""
+        now, mark = time.perf_counter(), self._mark()
+        current = self._current
+        if current is not None and self._batch_ended is not None:
+            current.waits.append(now - self._batch_ended)
+        if new_step:
+            if current is not None:
+                self._done.append((current, mark))
+            self._current = current = _Step()
+        if current is not None:
+            current.marks.append(mark)
+            current.counts.append(counts)
+
+    def end_batch(self) -> None:
+        """The batch has ended; what follows is waiting for the next one."""
+        self._batch_ended = time.perf_counter()
+
+    def interrupt(self) -> None:
+        """Forget the step that runs: validation or the end of an epoch lies in it."""
+        self._current = None
+
+    def finish(self, total_over_ranks: Callable[[Sequence[float]], tuple[list[float], float]]) -> Throughput:
+        """Read the marks.
+
+        Args:
+            total_over_ranks: given this rank's counts and seconds, returns the counts summed over all ranks and the
+                longest seconds of any.
+
+        Returns:
+            The throughput.
+
+        Raises:
+            ValueError: no step was completed.
+        """
+        if not self._done:
+            raise ValueError(
+                "No clean step was completed: validation or the end of an epoch interrupted each of them. Give longer "
+                "epochs, or validate less often."
+            )
+        if self._cuda:
+            torch.cuda.synchronize()
+        step_s, batch_s, waits = [], [], []
+        for step, end in self._done:
+            marks = [*step.marks, end]
+            batch_s += [self._between(a, b) for a, b in zip(marks, marks[1:], strict=False)]
+            step_s.append(self._between(marks[0], end))
+            waits += step.waits
+        counts = [each for step, _ in self._done for each in step.counts]
+        own = [float(sum(getattr(each, name) for each in counts)) for name in ("tokens", "padded_tokens", "samples")]
+        (tokens, padded, samples), seconds = total_over_ranks([*own, sum(step_s)])
+        return Throughput(
+            step_s=quantiles(step_s),
+            micro_batch_s=quantiles(batch_s),
+            wait_s=quantiles(waits or [0.0]),
+            micro_batches_per_step=len(batch_s) / len(step_s),
+            tokens_per_s=tokens / seconds if tokens else None,
+            padded_tokens_per_s=padded / seconds if padded else None,
+            samples_per_s=samples / seconds if samples else None,
+        )
+
+    def _mark(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _between(self, start: Any, end: Any) -> float:
+        return float(start.elapsed_time(end)) / 1000 if self._cuda else float(end - start)
+
+
+def quantiles(values: Sequence[float]) -> Quantiles:
+    """Summarise durations.
+
+    Args:
+        values: seconds, one or more.
+
+    Returns:
+        Quantiles by linear interpolation, mean and standard deviation; p99 only from 100 values on.
+    """
+    ordered = torch.tensor(sorted(values), dtype=torch.float64)
+
+    def at(share: float) -> float:
+        return float(torch.quantile(ordered, share))
+
+    return Quantiles(
+        count=len(values),
+        p50=at(0.5),
+        p90=at(0.9),
+        mean=statistics.fmean(values),
+        std=statistics.stdev(values) if len(values) > 1 else 0.0,
+        p99=at(0.99) if len(values) >= P99_FROM else None,
+    )
+
+
+def count_batch(batch: Any) -> Counts:
+    """Count what a batch holds, without waiting for its device.
+
+    Tokens are the labels that are not -100, where there are ``labels``; else the entries of the first tensor of
+    integers with two dimensions or more. Padded tokens are those entries; samples the rows of the first tensor.
+
+    Args:
+        batch: a tensor, or dicts, lists and tuples of tensors.
+    """
+    tensors = list(_tensors(batch))
+    if not tensors:
+        return Counts()
+    ids = next((each for each in tensors if _is_integer(each) and each.ndim >= 2), None)
+    padded = ids.numel() if ids is not None else 0
+    labels = batch.get("labels") if isinstance(batch, dict) else None
+    scored: int | Tensor = padded
+    if padded and isinstance(labels, Tensor) and _is_integer(labels) and labels.ndim >= 2:
+        scored = (labels != -100).sum()
+    samples = len(tensors[0]) if tensors[0].ndim else 1
+    return Counts(tokens=scored, padded_tokens=padded, samples=samples)
+
+
+def _tensors(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for each in value.values():
+            yield from _tensors(each)
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from _tensors(each)
+
+
+def _is_integer(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() and not tensor.is_complex() and tensor.dtype != torch.bool
