@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, cast
 
 from lightning_efficient.dissect.collective_events import collectives_of
@@ -235,7 +235,8 @@ def _rows(
     for name, phases in by_row.items():
         role, cls = modules.get(name, ("loss" if name == TRAINING_STEP else "other", ""))
         if phases or calls.get(name):
-            rows.append(Row(name=name, role=role, cls=cls, calls=calls.get(name, 0) / steps, **phases))
+            empty = Row(name=name, role=role, cls=cls, calls=calls.get(name, 0) / steps)
+            rows.append(replace(empty, **phases))  # type: ignore[arg-type]
     return tuple(rows)
 
 

@@ -1,7 +1,7 @@
 """Which collectives a step ran, of what size, and how long each took.
 
-They are classified by the call on the thread that issued them: gloo runs a reduce-scatter as an all-reduce, and names it
-so. Size and time are those of the backend's own event; calls and backend events come in the same order.
+They are classified by the call on the thread that issued them: gloo runs a reduce-scatter as an all-reduce, and names
+it so. Size and time are those of the backend's own event; calls and backend events come in the same order.
 """
 
 from __future__ import annotations

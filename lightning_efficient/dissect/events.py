@@ -91,7 +91,7 @@ def _first_bytes(shapes: Iterable[Any], dtypes: Iterable[str]) -> int:
     """Bytes of the first tensor, or of the first list of tensors, among the inputs."""
     for shape, dtype in zip(shapes, dtypes, strict=False):
         if shape and isinstance(shape[0], (list, tuple)):
-            return sum(math.prod(each) for each in shape) * _ITEMSIZE.get(dtype, 4)
+            return sum(int(math.prod(each)) for each in shape) * _ITEMSIZE.get(dtype, 4)
         if shape and dtype in _ITEMSIZE:
-            return math.prod(shape) * _ITEMSIZE[dtype]
+            return int(math.prod(shape)) * _ITEMSIZE[dtype]
     return 0

@@ -110,7 +110,7 @@ class Recorder:
         """Name a part of a step.
 
         Args:
-            phase: one of ``forward``, ``recompute``, ``backward``, ``optimizer``, ``data``, ``communication``, ``other``.
+            phase: ``forward``, ``recompute``, ``backward``, ``optimizer``, ``data``, ``communication`` or ``other``.
             row: of the table, such as ``<data>``.
 
         Raises:

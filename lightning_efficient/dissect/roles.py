@@ -20,7 +20,7 @@ _BY_NAME: tuple[tuple[str, str], ...] = (
     (r"router|gating|(^|\.)gate$", "router"),
     (r"expert", "expert"),
     (
-        r"(^|[._])(q|k|v|query|key|value|qkv|wqkv)(_?(proj|lin|proj_with_bias))?$|c_attn$|in_proj$|query_key_value$",
+        r"(^|[._])(q|k|v|query|key|value|qkv|wqkv)(_?(proj|lin))?$|c_attn$|in_proj$|query_key_value$",
         "qkv",
     ),
     (r"att\w*\.(\w+\.)*(o|out|c|output|dense)(_?(proj|lin))?(\.dense)?$|(^|\.)o_proj$", "out_proj"),

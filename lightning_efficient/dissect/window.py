@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -100,7 +101,7 @@ class CleanWindow:
         step_s, batch_s, waits = [], [], []
         for step, end in self._done:
             marks = [*step.marks, end]
-            batch_s += [self._between(a, b) for a, b in zip(marks, marks[1:], strict=False)]
+            batch_s += [self._between(a, b) for a, b in pairwise(marks)]
             step_s.append(self._between(marks[0], end))
             waits += step.waits
         counts = [each for step, _ in self._done for each in step.counts]
