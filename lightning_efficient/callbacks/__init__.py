@@ -2,8 +2,9 @@
 
 from lightning_efficient.callbacks.attach_optimizer import AttachOptimizer
 from lightning_efficient.callbacks.compression_monitor import CompressionMonitor
+from lightning_efficient.callbacks.dissect import Dissect
 from lightning_efficient.callbacks.lora_fa import LoRAFA
 from lightning_efficient.callbacks.lora_fa_checkpoint import load_lora_fa_checkpoint
 from lightning_efficient.callbacks.optimizer_guard import OptimizerGuard
 
-__all__ = ["AttachOptimizer", "CompressionMonitor", "LoRAFA", "OptimizerGuard", "load_lora_fa_checkpoint"]
+__all__ = ["AttachOptimizer", "CompressionMonitor", "Dissect", "LoRAFA", "OptimizerGuard", "load_lora_fa_checkpoint"]

@@ -85,6 +85,12 @@ class Recorder:
             profile.stop()
             self._events += events_of(profile)
 
+    def discard(self) -> None:
+        """Stop, and forget what was recorded since the last :meth:`start`."""
+        kept = list(self._events)
+        self.stop()
+        self._events = kept
+
     def open(self, name: str) -> None:
         """Begin a range; ranges end in the opposite order."""
         entered = profiler_range(name)

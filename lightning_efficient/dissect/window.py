@@ -35,48 +35,50 @@ class _Step:
 
 
 class CleanWindow:
-    """Collects optimizer steps until there are enough; an interrupted one does not count.
+    """Times optimizer steps; an interrupted one does not count.
 
     On CUDA the marks are events on the current stream, read at the end: a wait in each step would hide what overlaps.
 
     Args:
-        steps: how many are wanted.
         device: where the training runs.
     """
 
-    def __init__(self, steps: int, device: torch.device) -> None:
-        self._wanted = steps
+    def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
         self._done: list[tuple[_Step, Any]] = []
         self._current: _Step | None = None
         self._batch_ended: float | None = None
 
     @property
-    def full(self) -> bool:
-        """Whether all steps have been collected."""
-        return len(self._done) >= self._wanted
+    def done(self) -> int:
+        """Steps collected so far."""
+        return len(self._done)
 
-    def start_batch(self, counts: Counts, *, new_step: bool) -> None:
-        """A batch begins; ``new_step`` if an optimizer step begins with it, which ends the one before."""
-        now, mark = time.perf_counter(), self._mark()
-        current = self._current
-        if current is not None and self._batch_ended is not None:
-            current.waits.append(now - self._batch_ended)
-        if new_step:
-            if current is not None:
-                self._done.append((current, mark))
-            self._current = current = _Step()
-        if current is not None:
-            current.marks.append(mark)
-            current.counts.append(counts)
+    def begin_step(self) -> None:
+        """An optimizer step begins with the next batch."""
+        self._current = _Step()
+
+    def start_batch(self, counts: Counts) -> None:
+        """A batch begins."""
+        if self._current is not None:
+            self._end_wait(self._current)
+            self._current.marks.append(self._mark())
+            self._current.counts.append(counts)
 
     def end_batch(self) -> None:
         """The batch has ended; what follows is waiting for the next one."""
         self._batch_ended = time.perf_counter()
 
+    def end_step(self) -> None:
+        """The first batch of the next step is there."""
+        if self._current is not None:
+            self._end_wait(self._current)
+            self._done.append((self._current, self._mark()))
+            self._current = None
+
     def interrupt(self) -> None:
-        """Forget the step that runs: validation or the end of an epoch lies in it."""
-        self._current = None
+        """Forget the step that runs: validation lies in it."""
+        self._current = self._batch_ended = None
 
     def finish(self, total_over_ranks: Callable[[Sequence[float]], tuple[list[float], float]]) -> Throughput:
         """Read the marks.
@@ -92,10 +94,7 @@ class CleanWindow:
             ValueError: no step was completed.
         """
         if not self._done:
-            raise ValueError(
-                "No clean step was completed: validation or the end of an epoch interrupted each of them. Give longer "
-                "epochs, or validate less often."
-            )
+            raise ValueError("No clean step was completed: validation interrupted each of them. Validate less often.")
         if self._cuda:
             torch.cuda.synchronize()
         step_s, batch_s, waits = [], [], []
@@ -116,6 +115,11 @@ class CleanWindow:
             padded_tokens_per_s=padded / seconds if padded else None,
             samples_per_s=samples / seconds if samples else None,
         )
+
+    def _end_wait(self, step: _Step) -> None:
+        if self._batch_ended is not None:
+            step.waits.append(time.perf_counter() - self._batch_ended)
+            self._batch_ended = None
 
     def _mark(self) -> Any:
         if not self._cuda:

@@ -1,0 +1,145 @@
+"""`lightning-efficient dissect`: train a recipe for a few steps, and say where their time and memory went."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping, ProgressBar
+from lightning.pytorch.loggers.logger import DummyLogger
+from typing_extensions import override
+
+from lightning_efficient.callbacks import Dissect
+from lightning_efficient.cli.efficient_cli import EfficientCLI
+from lightning_efficient.cli.errors import CommandParser, UserError
+from lightning_efficient.dissect import DissectReport, Window, write_json
+
+# These save, or end training early. All others stay: they may change the model.
+_LEFT_OUT = (Checkpoint, EarlyStopping, ProgressBar, Dissect)
+_DESCRIPTION = """\
+Trains a recipe for a few steps and prints where their time and memory went: throughput and peak memory from clean
+steps, then a table of modules from profiled ones. Nothing is saved but the report.
+Options not listed here go to the recipe, as with 'fit': --trainer.devices 2, --model.size tiny, ...
+"""
+_EXAMPLES = """\
+examples:
+  lightning-efficient dissect -c quickstart
+  lightning-efficient dissect -c lora_fa/finetune --model.pretrained null --out my_report
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `dissect` with the words after it.
+
+    Args:
+        argv: e.g. `["-c", "quickstart", "--clean", "50"]`.
+
+    Returns:
+        The exit code: 0.
+
+    Raises:
+        UserError: If there is no recipe, or a number of steps is wrong.
+    """
+    options, recipe_args = _parser().parse_known_args(list(argv))
+    if not any(re.fullmatch(r"-c.*|--config(=.*)?", word) for word in recipe_args):
+        raise UserError(
+            "no recipe given: a model and its data are needed to measure them. Name one with -c, e.g. -c quickstart; "
+            "'lightning-efficient recipes list' shows them."
+        )
+    dissect_recipe(recipe_args, _callback(options), json=options.json)
+    return 0
+
+
+def dissect_recipe(recipe_args: Sequence[str], callback: Dissect, *, json: Path | None = None) -> DissectReport:
+    """Train a recipe for as many steps as a callback needs.
+
+    Args:
+        recipe_args: the recipe and its overrides, as words of the command line.
+        callback: measures.
+        json: also write the report to this file.
+
+    Returns:
+        The report, on every rank.
+
+    Raises:
+        UserError: The fit ended before the measurement did.
+    """
+    cli = _DissectCLI(recipe_args, callback)
+    if callback.report is None:
+        raise UserError(
+            "the fit ended before the measurement: validation or epochs of few batches interrupt steps. Ask for fewer "
+            "steps (--clean), or give the recipe more data."
+        )
+    if json is not None and cli.trainer.is_global_zero:
+        write_json(callback.report, json)
+    return callback.report
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = CommandParser(
+        prog="lightning-efficient dissect",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        usage="lightning-efficient dissect -c RECIPE [options] [recipe overrides]",
+    )
+    default = Window()
+    parser.add_argument("--warmup", type=int, default=default.warmup, metavar="N", help="steps before (default: 5)")
+    parser.add_argument("--clean", type=int, default=default.clean, metavar="N", help="steps to time (default: 20)")
+    parser.add_argument("--dissect", type=int, default=default.dissect, metavar="N", help="to profile (default: 2)")
+    parser.add_argument(
+        "--memory", type=int, default=default.memory, metavar="N", help="to count, 0 or 1 (default: 1)"
+    )
+    parser.add_argument("--peak-flops", type=float, metavar="F", help="dense peak of a device in FLOP/s, for MFU")
+    parser.add_argument("--out", metavar="DIR", default="dissect", help="folder of the report (default: dissect)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the report to this file")
+    parser.add_argument("--quiet", action="store_true", help="do not print the report")
+    return parser
+
+
+def _callback(options: argparse.Namespace) -> Dissect:
+    return Dissect(
+        options.warmup,
+        options.clean,
+        dissect=options.dissect,
+        memory=options.memory,
+        peak_flops=options.peak_flops,
+        out=options.out,
+        print_report=not options.quiet,
+    )
+
+
+class _DissectCLI(EfficientCLI):
+    """`fit` with a `Dissect`: parses, overrides and launches as the user's own run does."""
+
+    def __init__(self, recipe_args: Sequence[str], callback: Dissect) -> None:
+        self.callback = callback
+        super().__init__(["fit", *recipe_args], save_config_callback=None)
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        init = self.config_init["fit"]["trainer"]
+        given = init.get("callbacks") or []
+        callbacks: list[Callback] = given if isinstance(given, list) else [given]
+        # Last, so that its steps begin when those of the others have.
+        init["callbacks"] = [*(each for each in callbacks if not isinstance(each, _LEFT_OUT)), self.callback]
+        return super().instantiate_trainer(
+            **kwargs,
+            logger=DummyLogger(),  # callbacks that insist on a logger keep working
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            fast_dev_run=False,
+            limit_val_batches=0,
+            num_sanity_val_steps=0,
+            max_epochs=-1,
+            max_steps=self.callback.steps_needed,
+            max_time=None,
+            min_epochs=None,
+            min_steps=None,
+        )
