@@ -6,7 +6,7 @@ import platform
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -33,6 +33,7 @@ from lightning_efficient.dissect.report.dissection import dissection_sections
 from lightning_efficient.dissect.report.html import page
 from lightning_efficient.dissect.result import PHASES
 
+ValueT = TypeVar("ValueT")
 _DTYPES = {"16": torch.float16, "bf16": torch.bfloat16, "32": torch.float32, "64": torch.float64}
 
 
@@ -53,7 +54,7 @@ def build_report(
         peak_flops: of one device, where the user gave it.
         loss: of the last step.
     """
-    throughput = parts.clean.window.finish(lambda values: _sum_over_ranks(trainer, values))
+    throughput = parts.clean.window.finish(_sum_over_ranks)
     attribution = parts.dissected.result()
     host = _with_counts(attribution.host, parts.counted) if attribution else None
     device = _with_counts(attribution.device, parts.counted) if attribution and attribution.device else None
@@ -191,13 +192,10 @@ def _notes(parts: MeasurementParts) -> list[str]:
     return notes
 
 
-def _sum_over_ranks(trainer: pl.Trainer, values: Sequence[float]) -> tuple[list[float], float]:
+def _sum_over_ranks(values: Sequence[float]) -> tuple[list[float], float]:
     """Sum all values but the last over the ranks; of the last, the largest."""
-    if trainer.world_size == 1:
-        return list(values[:-1]), values[-1]
-    own = torch.tensor(values, dtype=torch.float64, device=trainer.strategy.root_device)
-    every = trainer.strategy.all_gather(own).reshape(-1, len(values)).cpu()
-    return every[:, :-1].sum(0).tolist(), float(every[:, -1].max())
+    *counts, seconds = zip(*_gather(list(values)), strict=True)
+    return [sum(each) for each in counts], max(seconds)
 
 
 def _machine(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Machine:
@@ -224,7 +222,7 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _gather(own: _OfOneRank) -> list[_OfOneRank]:
+def _gather(own: ValueT) -> list[ValueT]:
     """What every rank has, in their order."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return [own]
