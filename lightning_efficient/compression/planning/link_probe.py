@@ -6,15 +6,14 @@ rank gets the same answer, that of the slowest rank.
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+from lightning_efficient._links import device_of, fit_line, seconds_of, wait_for
 from lightning_efficient.compression.planning.cost_model import DeviceModel, LinkModel
 
 #: Bytes: 1 KiB to 16 MiB, by factors of 4.
@@ -64,20 +63,11 @@ def measure_link(
             f"bad probe (sizes={sizes}, repeats={repeats}): a line needs two sizes of 4 bytes or more, measured "
             "once or more. Leave both out for the defaults."
         )
-    on = _device_of(group) if device is None else torch.device(device)
+    on = device_of(group) if device is None else torch.device(device)
 
     def all_reduce(tensor: torch.Tensor) -> None:
-        try:
-            work = dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group, async_op=True)
-            assert work is not None  # async_op=True returns a Work
-            work.wait(timedelta(seconds=timeout_s))
-            _synchronize(on)
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"the link probe failed ({tensor.nbytes} bytes over {world_size} ranks, timeout {timeout_s:g} s): "
-                "a rank is gone or the network is stuck. Check that all ranks run and reach each other, or raise "
-                "timeout_s."
-            ) from error
+        work = dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group, async_op=True)
+        wait_for(work, what=f"{tensor.nbytes} bytes over {world_size} ranks", timeout_s=timeout_s, device=on)
 
     begin = time.perf_counter()
     points: list[tuple[int, float]] = []
@@ -89,7 +79,7 @@ def measure_link(
             if elapsed + next_s > budget_s:
                 break
         message = torch.zeros(size // 4, dtype=torch.float32, device=on)
-        median = statistics.median(_seconds(lambda m=message: all_reduce(m), repeats, on))  # type: ignore[misc]
+        median = statistics.median(seconds_of(lambda m=message: all_reduce(m), repeats, on))  # type: ignore[misc]
         # Both numbers come back as the slowest rank has them, so that all ranks fit, and stop, alike.
         agreed = torch.tensor([median, time.perf_counter() - begin], dtype=torch.float64, device=on)
         all_reduce(agreed)
@@ -118,17 +108,7 @@ def fit_link(points: Sequence[tuple[float, float]], *, world_size: int) -> LinkM
             f"cannot fit a link ({len(points)} points, world size {world_size}): two sizes, times above 0 and two "
             "ranks are needed. Measure more sizes."
         )
-    # With weights 1/T, minimise sum (a x + b y - 1)^2 over x = 1/T and y = N/T: two normal equations.
-    xs, ys = [1 / t for _, t in points], [n / t for n, t in points]
-    xx, xy, yy = _dot(xs, xs), _dot(xs, ys), _dot(ys, ys)
-    x1, y1 = math.fsum(xs), math.fsum(ys)
-    determinant = xx * yy - xy * xy
-    a, b = (x1 * yy - y1 * xy) / determinant, (y1 * xx - x1 * xy) / determinant
-    if a < 0:  # the best line with a = 0 (and below, with b = 0)
-        a, b = 0.0, y1 / yy
-    elif b < 0:
-        a, b = x1 / xx, 0.0
-    residual = math.sqrt(statistics.fmean((a * x + b * y - 1) ** 2 for x, y in zip(xs, ys, strict=True)))
+    a, b, residual = fit_line(points)
     hops = 2 * (world_size - 1)
     return LinkModel(alpha_s=a / hops, beta_s_per_byte=b * world_size / hops, residual=residual)
 
@@ -155,7 +135,7 @@ def measure_device(
     tiny = torch.zeros(1, device=on)
 
     def median(run: Callable[[], object]) -> float:
-        return statistics.median(_seconds(run, repeats, on))
+        return statistics.median(seconds_of(run, repeats, on))
 
     per_op_s = median(lambda: tiny.add_(1.0))
     add_s = median(lambda: other.add_(matrix))
@@ -167,30 +147,3 @@ def measure_device(
         per_op_s=per_op_s,
         orthogonalize_s=max(qr_s - per_op_s, 0.0),
     )
-
-
-def _seconds(run: Callable[[], object], repeats: int, device: torch.device) -> list[float]:
-    run()
-    _synchronize(device)
-    seconds = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        run()
-        _synchronize(device)
-        seconds.append(time.perf_counter() - begin)
-    return seconds
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _device_of(group: dist.ProcessGroup | None) -> torch.device:
-    if "nccl" in dist.get_backend(group) and torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
-
-
-def _dot(left: Sequence[float], right: Sequence[float]) -> float:
-    return math.fsum(x * y for x, y in zip(left, right, strict=True))
