@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 else:
     from torch.distributed import GradBucket as GradBucket  # absent from the stubs of torch.distributed
 
+# The one way to see every operator that runs, and documented as such; its file has a private name.
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+
 
 def require_lightning() -> None:
     """Check that the process uses `lightning`, not the separate package `pytorch_lightning`.
@@ -160,3 +163,29 @@ def profiler_range(name: str) -> Any:
 def profiler_records(profile: Any) -> list[Any]:
     """The raw records of a finished `torch.profiler.profile`; its own `events()` takes seconds to build a tree."""
     return list(profile.profiler.kineto_results.events())
+
+
+def next_sequence_number() -> int:
+    """The number that autograd will give to the next node of its graph that this thread makes."""
+    import torch
+
+    return torch._C._autograd._get_sequence_nr()
+
+
+def running_sequence_number() -> int | None:
+    """The number of the autograd node that runs backward in this thread now, None where none does."""
+    import torch
+
+    node = torch._C._current_autograd_node()
+    return None if node is None else int(node._sequence_nr())
+
+
+def plain_parts(tensor: "Tensor") -> "list[Tensor]":
+    """The tensors that a tensor subclass wraps (a DTensor's part on this rank, a quantised one's codes and scales).
+
+    The tensor itself where it wraps none.
+    """
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [part for name in names for part in plain_parts(getattr(tensor, name))]

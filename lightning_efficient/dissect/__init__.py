@@ -2,8 +2,20 @@
 
 from lightning_efficient._saved_bytes import SavedBytes, saved_bytes
 from lightning_efficient.dissect.attribution import Attribution, attribute
+from lightning_efficient.dissect.collectives import (
+    AlphaBeta,
+    CollectivePoint,
+    CommReport,
+    bus_factor,
+    fit,
+    predict_step,
+    sweep,
+)
 from lightning_efficient.dissect.events import Event, events_of
+from lightning_efficient.dissect.flops import FlopCount, ModuleFlops
+from lightning_efficient.dissect.memory import PeakMemory, StateBytes, state_bytes
 from lightning_efficient.dissect.operators import kind_of
+from lightning_efficient.dissect.peaks import peak_flops
 from lightning_efficient.dissect.ranges import ModuleRanges
 from lightning_efficient.dissect.recorder import Recorder
 from lightning_efficient.dissect.result import (
@@ -31,38 +43,51 @@ from lightning_efficient.dissect.stragglers import find_straggler, rank_times
 from lightning_efficient.dissect.window import CleanWindow, Counts, count_batch, quantiles
 
 __all__ = [
+    "AlphaBeta",
     "Attribution",
     "Breakdown",
     "CaseResult",
     "CleanWindow",
     "Collective",
+    "CollectivePoint",
+    "CommReport",
     "Counts",
     "DissectReport",
     "Event",
+    "FlopCount",
     "Flops",
     "Machine",
     "Memory",
+    "ModuleFlops",
     "ModuleRanges",
     "Operator",
+    "PeakMemory",
     "Quantiles",
     "RankTimes",
     "Recorder",
     "Row",
     "SavedBytes",
+    "StateBytes",
     "Straggler",
     "Throughput",
     "Window",
     "attribute",
+    "bus_factor",
     "count_batch",
     "events_of",
     "find_straggler",
+    "fit",
     "from_json",
     "kind_of",
+    "peak_flops",
+    "predict_step",
     "quantiles",
     "rank_times",
     "read_json",
     "role_of",
     "saved_bytes",
+    "state_bytes",
+    "sweep",
     "to_json",
     "write_json",
 ]

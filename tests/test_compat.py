@@ -1,0 +1,53 @@
+"""The private names that _compat touches are still there and mean the same."""
+
+import torch
+from torch import nn
+
+from lightning_efficient import _compat
+
+
+def test_sequence_numbers_lead_from_a_running_node_to_the_code_that_made_it() -> None:
+    x = torch.ones(3, requires_grad=True)
+    seen: list[int | None] = []
+
+    class Watched(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, x: torch.Tensor) -> torch.Tensor:
+            return x * 2
+
+        @staticmethod
+        def backward(ctx: object, gradient: torch.Tensor) -> torch.Tensor:
+            seen.append(_compat.running_sequence_number())
+            return gradient * 2
+
+    before = _compat.next_sequence_number()
+    y = Watched.apply(x)
+    after = _compat.next_sequence_number()
+    y.sum().backward()
+
+    assert before < after
+    assert seen[0] is not None
+    assert before <= seen[0] < after
+    assert _compat.running_sequence_number() is None
+
+
+def test_a_dispatch_mode_sees_every_operator() -> None:
+    seen = []
+
+    class Mode(_compat.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Mode():
+        nn.Linear(2, 2)(torch.ones(1, 2))
+
+    assert "aten.addmm.default" in seen
+
+
+def test_plain_parts_are_those_that_a_wrapper_holds() -> None:
+    plain = torch.ones(2)
+    nested = torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(1, 3)], layout=torch.jagged)
+
+    assert _compat.plain_parts(plain) == [plain]
+    assert {tuple(part.shape) for part in _compat.plain_parts(nested)} >= {(3, 3), (3,)}
