@@ -12,6 +12,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+_REWEIGHTED = 50
+_EXACT = 1e-6  # relative errors below this count as this
+
 
 def seconds_of(run: Callable[[], object], repeats: int, device: torch.device) -> list[float]:
     """Time ``run``, each time until the device is done, after an untimed run."""
@@ -62,9 +65,10 @@ def wait_for(work: Any, *, what: str, timeout_s: float, device: torch.device) ->
 
 
 def fit_line(points: Sequence[tuple[float, float]]) -> tuple[float, float, float]:
-    r"""Fit :math:`t = a + b N` with :math:`a, b \ge 0` by least squares on relative errors.
+    r"""Fit :math:`t = a + b N` with :math:`a, b \ge 0` to the least sum of absolute relative errors.
 
-    Relative, so that small messages determine the latency and large ones the rate.
+    Relative, so that small messages determine the latency and large ones the rate; absolute, not squared, so that a
+    size that was disturbed, or that a token bucket let pass unslowed, does not bend the line.
 
     Args:
         points: pairs of bytes N and seconds t, of two sizes at least; seconds above 0.
@@ -79,18 +83,28 @@ def fit_line(points: Sequence[tuple[float, float]]) -> tuple[float, float, float
         raise ValueError(
             f"cannot fit a line ({len(points)} points): two sizes and times above 0 are needed. Measure more sizes."
         )
-    # With weights 1/t, minimise sum (a x + b y - 1)^2 over x = 1/t and y = N/t: two normal equations.
+    weights, a, b, errors = [1.0] * len(points), 0.0, 0.0, [0.0]
+    for _ in range(_REWEIGHTED):  # least squares, weighted by the last round's errors, approach least absolute errors
+        a, b = _weighted_line(points, weights)
+        errors = [(a + b * n_bytes) / seconds - 1 for n_bytes, seconds in points]
+        weights = [1 / max(abs(error), _EXACT) for error in errors]
+    return a, b, math.sqrt(statistics.fmean(error * error for error in errors))
+
+
+def _weighted_line(points: Sequence[tuple[float, float]], weights: Sequence[float]) -> tuple[float, float]:
+    """Minimise the weighted sum of ``((a + b N) / t - 1)^2`` over ``a, b >= 0``: two normal equations."""
     xs, ys = [1 / t for _, t in points], [n / t for n, t in points]
-    xx, xy, yy = _dot(xs, xs), _dot(xs, ys), _dot(ys, ys)
-    x1, y1 = math.fsum(xs), math.fsum(ys)
+    wx, wy = ([w * value for w, value in zip(weights, values, strict=True)] for values in (xs, ys))
+    xx, xy, yy = _dot(wx, xs), _dot(wx, ys), _dot(wy, ys)
+    x1, y1 = math.fsum(wx), math.fsum(wy)
     determinant = xx * yy - xy * xy
-    a, b = (x1 * yy - y1 * xy) / determinant, (y1 * xx - x1 * xy) / determinant
-    if a < 0:  # the best line with a = 0 (and below, with b = 0)
-        a, b = 0.0, y1 / yy
-    elif b < 0:
-        a, b = x1 / xx, 0.0
-    residual = math.sqrt(statistics.fmean((a * x + b * y - 1) ** 2 for x, y in zip(xs, ys, strict=True)))
-    return a, b, residual
+    if determinant > 0:
+        a, b = (x1 * yy - y1 * xy) / determinant, (y1 * xx - x1 * xy) / determinant
+        if a >= 0 and b >= 0:
+            return a, b
+        if b < 0:
+            return x1 / xx, 0.0
+    return 0.0, y1 / yy  # the best line through the origin
 
 
 def _dot(left: Sequence[float], right: Sequence[float]) -> float:

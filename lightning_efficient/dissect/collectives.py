@@ -168,7 +168,7 @@ def sweep(
 
 
 def fit(points: Sequence[CollectivePoint]) -> AlphaBeta:
-    r"""Fit :math:`t = \alpha + \beta N`, both at 0 or above, by least squares on relative errors.
+    r"""Fit :math:`t = \alpha + \beta N`, both at 0 or above, to the least absolute relative errors.
 
     Args:
         points: of one collective, two sizes or more.

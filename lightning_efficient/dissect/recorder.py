@@ -29,6 +29,10 @@ class Recorder:
         optimizers: get a row each; without them, those of one class share a row.
         root: whether operations of the model's own ``forward`` are a row, named by the empty path.
 
+    Attributes:
+        events: what was recorded so far.
+        ranges: the hooks on the modules.
+
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -50,7 +54,7 @@ class Recorder:
         self._optimizers = list(optimizers)
         self._handles: list[RemovableHandle] = []
         self._open: list[Any] = []
-        self._events: list[Event] = []
+        self.events: list[Event] = []
         self._profile: torch.profiler.profile | None = None
 
     @property
@@ -83,13 +87,13 @@ class Recorder:
         if self._profile is not None:
             profile, self._profile = self._profile, None
             profile.stop()
-            self._events += events_of(profile)
+            self.events += events_of(profile)
 
     def discard(self) -> None:
         """Stop, and forget what was recorded since the last :meth:`start`."""
-        kept = list(self._events)
+        kept = list(self.events)
         self.stop()
-        self._events = kept
+        self.events = kept
 
     def open(self, name: str) -> None:
         """Begin a range; ranges end in the opposite order."""
@@ -136,7 +140,7 @@ class Recorder:
         Raises:
             ValueError: no step was recorded.
         """
-        return attribute(self._events, self.ranges.describe())
+        return attribute(self.events, self.ranges.describe())
 
     def __enter__(self) -> Recorder:
         self.start()
