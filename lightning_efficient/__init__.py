@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         CompressionMonitor,
         LoRAFA,
         OptimizerGuard,
+        PEFTAdapter,
         load_lora_fa_checkpoint,
     )
     from lightning_efficient.cli import EfficientCLI
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     )
     from lightning_efficient.optimizers import Eva, EvaP
     from lightning_efficient.precision import LoRAFAHalfPrecision
-    from lightning_efficient.strategies import CompressedDDPStrategy
+    from lightning_efficient.strategies import CompressedDDPStrategy, FullyShardedStrategy
 
 __version__ = "0.1.0.dev0"
 
@@ -57,12 +58,14 @@ __all__ = [
     "EfficientCLI",
     "Eva",
     "EvaP",
+    "FullyShardedStrategy",
     "HalfPrecision",
     "LoRAFA",
     "LoRAFAConfig",
     "LoRAFAHalfPrecision",
     "LoRAFAReport",
     "OptimizerGuard",
+    "PEFTAdapter",
     "PowerSGD",
     "SignSGD",
     "TopK",
@@ -87,12 +90,14 @@ _HOMES = {
     "EfficientCLI": "cli",
     "Eva": "optimizers",
     "EvaP": "optimizers",
+    "FullyShardedStrategy": "strategies",
     "HalfPrecision": "compression",
     "LoRAFA": "callbacks",
     "LoRAFAConfig": "lora_fa",
     "LoRAFAHalfPrecision": "precision",
     "LoRAFAReport": "lora_fa",
     "OptimizerGuard": "callbacks",
+    "PEFTAdapter": "callbacks",
     "PowerSGD": "compression",
     "SignSGD": "compression",
     "TopK": "compression",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
+    from lightning.pytorch.strategies import ModelParallelStrategy
     from lightning.pytorch.utilities import CombinedLoader
     from torch import Tensor, nn
     from torch._C._distributed_c10d import GradBucket as GradBucket
@@ -189,3 +190,8 @@ def plain_parts(tensor: "Tensor") -> "list[Tensor]":
         return [tensor]
     names, _ = tensor.__tensor_flatten__()
     return [part for name in names for part in plain_parts(getattr(tensor, name))]
+
+
+def set_data_parallel_size(strategy: "ModelParallelStrategy", size: int) -> None:
+    """Decide how many ranks a strategy spreads the data over, once they can be counted."""
+    strategy._data_parallel_size = size

@@ -6,5 +6,14 @@ from lightning_efficient.callbacks.dissect import Dissect
 from lightning_efficient.callbacks.lora_fa import LoRAFA
 from lightning_efficient.callbacks.lora_fa_checkpoint import load_lora_fa_checkpoint
 from lightning_efficient.callbacks.optimizer_guard import OptimizerGuard
+from lightning_efficient.callbacks.peft_adapter import PEFTAdapter
 
-__all__ = ["AttachOptimizer", "CompressionMonitor", "Dissect", "LoRAFA", "OptimizerGuard", "load_lora_fa_checkpoint"]
+__all__ = [
+    "AttachOptimizer",
+    "CompressionMonitor",
+    "Dissect",
+    "LoRAFA",
+    "OptimizerGuard",
+    "PEFTAdapter",
+    "load_lora_fa_checkpoint",
+]

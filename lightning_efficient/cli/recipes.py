@@ -24,11 +24,13 @@ class Recipe:
         name: The name to pass to `-c`: its path below the recipes folder, without `.yaml`.
         path: Where the file is.
         description: The first comment line of the file.
+        sweep: Whether it is for `bench`, and not for `fit`.
     """
 
     name: str
     path: Path
     description: str
+    sweep: bool = False
 
     @property
     def group(self) -> str:
@@ -54,7 +56,12 @@ def shipped_recipes() -> list[Recipe]:
     folder = shipped_recipes_folder()
     paths = sorted(folder.rglob("*.yaml"), key=lambda path: (len(path.relative_to(folder).parts) > 1, path.as_posix()))
     return [
-        Recipe(name=path.relative_to(folder).with_suffix("").as_posix(), path=path, description=_first_comment(path))
+        Recipe(
+            name=path.relative_to(folder).with_suffix("").as_posix(),
+            path=path,
+            description=_first_comment(path),
+            sweep=_is_sweep(path),
+        )
         for path in paths
     ]
 
@@ -150,7 +157,10 @@ def _print_list() -> None:
         table.add_row(recipe.name, recipe.group, recipe.description)
     console = Console()
     console.print(table)
+    sweeps = " or ".join(recipe.name for recipe in shipped_recipes() if recipe.sweep)
     console.print("\nrun one:   lightning-efficient fit -c NAME\nedit one:  lightning-efficient recipes copy NAME")
+    if sweeps:
+        console.print(f"sweep:     lightning-efficient bench -c {sweeps}")
 
 
 def _print_recipe(path: Path) -> None:
@@ -166,6 +176,11 @@ def _print_recipe(path: Path) -> None:
 def _first_comment(path: Path) -> str:
     first = path.read_text(encoding="utf-8").split("\n", 1)[0]
     return first.removeprefix("#").strip() if first.startswith("#") else ""
+
+
+def _is_sweep(path: Path) -> bool:
+    """A sweep names the recipe that it varies; LightningCLI has no such key."""
+    return any(line.startswith("recipe:") for line in path.read_text(encoding="utf-8").splitlines())
 
 
 def _nearest_recipes(name: str) -> list[str]:

@@ -5,6 +5,7 @@ Dimension letters: B batch, T sequence, V vocabulary.
 
 import difflib
 import math
+from contextlib import nullcontext
 from typing import TypeAlias
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_efficient.models._module import EpochMean, TrainableModule, load_weights
+from lightning_efficient.models._shard import fill_on_device, shard_model, training_device
 from lightning_efficient.models.llama import LLAMA_PRESETS, Attention, Llama, LlamaConfig
 
 TokenBatch: TypeAlias = "dict[str, Tensor]"
@@ -151,6 +153,11 @@ class LlamaLM(CausalLM):
         tie_embeddings: the head shares the embedding's weight.
         attention: ``sdpa`` for torch's fused kernels, ``eager`` for the plain formula, as in :class:`LlamaConfig`.
         activation_checkpointing: recompute each decoder layer in backward instead of storing its activations.
+        init_on_device: build without memory, and draw the weights in ``configure_model`` on the device and in the type
+            that train, instead of at once on the CPU in float32.
+        reshard_after_forward: under ``ModelParallelStrategy`` (FSDP2): drop a layer's gathered parameters after its
+            forward, which is ZeRO-3; without, they stay until its backward, which is ZeRO-2.
+        cpu_offload: under ``ModelParallelStrategy``: keep what is sharded in the host's memory.
         pretrained: a checkpoint of this class (of ``ModelCheckpoint``, or one made with ``save_weights_only``) whose
             weights to start from; read in ``configure_model``.
         optimizer: called with the parameters that train, in ``configure_optimizers``.
@@ -174,6 +181,9 @@ class LlamaLM(CausalLM):
         tie_embeddings: bool = False,
         attention: Attention = "sdpa",
         activation_checkpointing: bool = False,
+        init_on_device: bool = False,
+        reshard_after_forward: bool = True,
+        cpu_offload: bool = False,
         pretrained: str | None = None,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-3),
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -196,20 +206,31 @@ class LlamaLM(CausalLM):
         }
         shape = LLAMA_PRESETS[size] | {name: value for name, value in replaced.items() if value is not None}
         config = LlamaConfig(vocab_size=vocab_size, tie_embeddings=tie_embeddings, attention=attention, **shape)
-        self.model = Llama(config, activation_checkpointing=activation_checkpointing)
+        with torch.device("meta") if init_on_device else nullcontext():
+            self.model = Llama(config, activation_checkpointing=activation_checkpointing)
+        self.reshard_after_forward, self.cpu_offload = reshard_after_forward, cpu_offload
         self._to_load = pretrained
 
     @override
     def configure_model(self) -> None:
-        """Read the pretrained weights, once.
+        """Draw weights that wait for it, read pretrained ones, and shard the model where the strategy asks; each once.
 
         Raises:
             FileNotFoundError: there is no such checkpoint.
-            ValueError: it holds another model, or adapters alone.
+            ValueError: it holds another model, or adapters alone; or ``cpu_offload`` cannot be had.
         """
+        if self.model.lm_head.weight.is_meta:
+            fill_on_device(self.model, training_device(self))
         if self._to_load is not None:
             load_weights(self.model, self._to_load, prefix="model.")
             self._to_load = None
+        shard_model(
+            self.model,
+            self.model.model.layers,
+            mesh=self.device_mesh,
+            reshard_after_forward=self.reshard_after_forward,
+            cpu_offload=self.cpu_offload,
+        )
 
     @property
     @override

@@ -8,6 +8,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_efficient.models._shard import shard_model
 from lightning_efficient.models.causal_lm import CausalLM
 
 
@@ -23,6 +24,9 @@ class HFCausalLM(CausalLM):
         dtype: name of a torch dtype in which the weights are held.
         attention: transformers' word for how attention is computed, such as ``sdpa``, ``eager`` or
             ``flash_attention_2``; ``None`` leaves the choice to transformers.
+        reshard_after_forward: under ``ModelParallelStrategy`` (FSDP2): drop a layer's gathered parameters after its
+            forward, which is ZeRO-3; without, they stay until its backward, which is ZeRO-2.
+        cpu_offload: under ``ModelParallelStrategy``: keep what is sharded in the host's memory.
         optimizer: called with the parameters that train, in ``configure_optimizers``.
         lr_scheduler: called with the optimizer; advances once per step.
 
@@ -38,6 +42,8 @@ class HFCausalLM(CausalLM):
         activation_checkpointing: bool = False,
         dtype: str = "float32",
         attention: str | None = None,
+        reshard_after_forward: bool = True,
+        cpu_offload: bool = False,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-4),
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
@@ -52,14 +58,15 @@ class HFCausalLM(CausalLM):
         self.activation_checkpointing = activation_checkpointing
         self.dtype_of_weights = _floating_dtype(dtype)
         self.attention = attention
+        self.reshard_after_forward, self.cpu_offload = reshard_after_forward, cpu_offload
         self.model: nn.Module | None = None
 
     @override
     def configure_model(self) -> None:
-        """Build the model, once.
+        """Build the model, and shard it where the strategy asks for it; once.
 
         Raises:
-            ValueError: transformers cannot find or read ``source``.
+            ValueError: transformers cannot find or read ``source``; or ``cpu_offload`` cannot be had.
             ModuleNotFoundError: transformers is not installed.
         """
         if self.model is not None:
@@ -94,6 +101,15 @@ class HFCausalLM(CausalLM):
             else:  # its older name
                 model.gradient_checkpointing_enable({"use_reentrant": False})
         self.model = model.train()
+        # transformers names the classes of a model's layers, for whoever wraps or cuts models.
+        classes = set(getattr(model, "_no_split_modules", None) or ())
+        shard_model(
+            model,
+            [each for each in model.modules() if type(each).__name__ in classes],
+            mesh=self.device_mesh,
+            reshard_after_forward=self.reshard_after_forward,
+            cpu_offload=self.cpu_offload,
+        )
 
     @property
     @override

@@ -7,8 +7,10 @@ Dimension letters: B batch, T sequence, D hidden size, F feed-forward size, H qu
 E size of a head, V vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from functools import partial
+from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -115,6 +117,32 @@ LLAMA_PRESETS: dict[str, dict[str, Any]] = {
 """Arguments of :class:`LlamaConfig` by size; from 7b on, those of Llama-2."""
 
 
+class Past(Protocol):
+    """Keys and values of earlier tokens, as generation keeps them; see :mod:`lightning_efficient.models.generation`."""
+
+    def rope(self) -> tuple[Tensor, Tensor]:
+        """Return the cosines and sines of the tokens' positions, broadcastable to (B, heads, T, E)."""
+        ...
+
+    def attend(
+        self, layer: int, q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, attention: Callable[..., Tensor]
+    ) -> Tensor:
+        """Keep the keys and values of a layer, and return its attention over them and the earlier ones, (B, H, T, E).
+
+        Args:
+            layer: number of the layer.
+            q_BHTE: queries, rotated.
+            k_BKTE: keys, rotated.
+            v_BKTE: values.
+            attention: with the arguments of ``scaled_dot_product_attention``.
+        """
+        ...
+
+
+AttendWithPast: TypeAlias = Callable[[Tensor, Tensor, Tensor, Callable[..., Tensor]], Tensor]
+""":meth:`Past.attend` of one layer."""
+
+
 class Llama(nn.Module):
     r"""A decoder-only transformer: token ids (B, T) in, logits (B, T, V) out.
 
@@ -134,7 +162,7 @@ class Llama(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
-        self._init_weights()
+        self.reset_parameters()
 
     @override
     def forward(self, ids_BT: Tensor) -> Tensor:
@@ -159,10 +187,13 @@ class Llama(nn.Module):
         logits_BTV: Tensor = self.lm_head(self.model(ids_BT))
         return logits_BTV
 
-    def _init_weights(self) -> None:
+    def reset_parameters(self) -> None:
+        """Draw all weights anew."""
         for module in self.modules():
             if isinstance(module, nn.Embedding) or (isinstance(module, nn.Linear) and module is not self.lm_head):
                 nn.init.normal_(module.weight, std=self.config.init_std)
+            elif isinstance(module, RMSNorm):
+                nn.init.ones_(module.weight)
         if not self.config.tie_embeddings:
             nn.init.normal_(self.lm_head.weight, std=self.config.init_std)
 
@@ -179,13 +210,23 @@ class _Body(nn.Module):
         self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
 
     @override
-    def forward(self, ids_BT: Tensor) -> Tensor:
+    def forward(self, ids_BT: Tensor, past: Past | None = None) -> Tensor:
         x_BTD = self.embed_tokens(ids_BT)
+        if past is not None:
+            return self._after(past, x_BTD)
         # Computed anew in each forward, which is cheap, and not a buffer: DDP broadcasts buffers in every step.
         rope = rope_tables(ids_BT.shape[1], self.config.head_size, theta=self.config.rope_theta, device=x_BTD.device)
         recompute = self.activation_checkpointing and self.training and torch.is_grad_enabled()
         for layer in self.layers:
             x_BTD = checkpoint(layer, x_BTD, rope, use_reentrant=False) if recompute else layer(x_BTD, rope)
+        y_BTD: Tensor = self.norm(x_BTD)
+        return y_BTD
+
+    def _after(self, past: Past, x_BTD: Tensor) -> Tensor:
+        """The same for tokens that follow others, whose keys and values are kept."""
+        rope = past.rope()
+        for number, layer in enumerate(self.layers):
+            x_BTD = layer(x_BTD, rope, partial(past.attend, number))
         y_BTD: Tensor = self.norm(x_BTD)
         return y_BTD
 
@@ -201,8 +242,10 @@ class _DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.norm_eps)
 
     @override
-    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rope)
+    def forward(
+        self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], attend_with_past: AttendWithPast | None = None
+    ) -> Tensor:
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rope, attend_with_past)
         y_BTD: Tensor = x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
         return y_BTD
 
@@ -222,11 +265,16 @@ class _Attention(nn.Module):
         self.o_proj = nn.Linear(H * E, D, bias=False)
 
     @override
-    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(
+        self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], attend_with_past: AttendWithPast | None = None
+    ) -> Tensor:
         q_BHTE = rotate(self._heads(self.q_proj(x_BTD)), *rope)
         k_BKTE = rotate(self._heads(self.k_proj(x_BTD)), *rope)
         v_BKTE = self._heads(self.v_proj(x_BTD))
-        y_BHTE = self.attend(q_BHTE, k_BKTE, v_BKTE, is_causal=True, enable_gqa=self.grouped)
+        if attend_with_past is None:
+            y_BHTE = self.attend(q_BHTE, k_BKTE, v_BKTE, is_causal=True, enable_gqa=self.grouped)
+        else:
+            y_BHTE = attend_with_past(q_BHTE, k_BKTE, v_BKTE, self.attend)
         y_BTD: Tensor = self.o_proj(y_BHTE.transpose(1, 2).flatten(2))
         return y_BTD
 
@@ -290,7 +338,13 @@ def rope_tables(length: int, head_size: int, *, theta: float, device: torch.devi
 
 
 def eager_attention(
-    q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, *, is_causal: bool = True, enable_gqa: bool = False
+    q_BHTE: Tensor,
+    k_BKTE: Tensor,
+    v_BKTE: Tensor,
+    attn_mask: Tensor | None = None,
+    *,
+    is_causal: bool = True,
+    enable_gqa: bool = False,
 ) -> Tensor:
     r"""Attention by its formula, :math:`\mathrm{softmax}(q k^\top / \sqrt{E})\, v`, the softmax in float32.
 
@@ -298,6 +352,7 @@ def eager_attention(
         q_BHTE: queries, (B, H, T, E).
         k_BKTE: keys, (B, K, T, E); K is H, or divides it with ``enable_gqa``.
         v_BKTE: values, likewise.
+        attn_mask: True where a query sees a key, broadcastable to (B, H, T, S) with S keys.
         is_causal: hide later positions from earlier ones.
         enable_gqa: each key-value head serves H / K query heads.
 
@@ -312,6 +367,8 @@ def eager_attention(
         T, S = scores_BHTT.shape[-2:]
         later_TS = torch.ones(T, S, dtype=torch.bool, device=scores_BHTT.device).triu(S - T + 1)
         scores_BHTT = scores_BHTT.masked_fill(later_TS, float("-inf"))
+    if attn_mask is not None:
+        scores_BHTT = scores_BHTT.masked_fill(~attn_mask, float("-inf"))
     return (
         F.softmax(scores_BHTT, dim=-1, dtype=torch.promote_types(scores_BHTT.dtype, torch.float32)).to(v_BKTE.dtype)
         @ v_BKTE

@@ -6,8 +6,9 @@ Importing :mod:`lightning_efficient` registers the names; a name works in ``Trai
 from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_efficient.strategies.compressed_ddp import CompressedDDPStrategy
+from lightning_efficient.strategies.fully_sharded import FullyShardedStrategy
 
-__all__ = ["CompressedDDPStrategy"]
+__all__ = ["CompressedDDPStrategy", "FullyShardedStrategy"]
 
 _NAMES = {
     "acp_sgd": "DDP whose gradients travel as one low-rank factor per step (ACP-SGD)",

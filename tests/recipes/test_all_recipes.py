@@ -10,22 +10,27 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from lightning_efficient.callbacks import LoRAFA
+from lightning_efficient.callbacks import LoRAFA, PEFTAdapter
 from lightning_efficient.cli import EfficientCLI, main
 from lightning_efficient.cli.recipes import Recipe, shipped_recipes
 from lightning_efficient.optimizers import Eva, EvaP
 from tests.support.ranks import run_ranks
 
-RECIPES = shipped_recipes()
+RECIPES = [recipe for recipe in shipped_recipes() if not recipe.sweep]
 COMPRESSED = {"quickstart", *(f"{name}/digits" for name in ("acp_sgd", "power_sgd", "top_k", "sign_sgd"))} | {
     "acp_sgd/char_llama",
     "acp_sgd/multi_node",
+    "bench/techniques/ACP",
     "lora_fa/acp_sgd",
 }
+SHARDED = {"bench/techniques/Z2", "bench/techniques/Z3"}
+ON_CUDA_ALONE = {f"bench/techniques/{name}" for name in ("Q", "QL", "Z2O", "Z3O")}
 EVA = {"eva/published_digits_ae", "eva/eva_f_char_llama", "eva/eva_f_resnet_digits", "eva/eva_p_char_llama"} | {
-    "lora_fa/eva_p"
+    "lora_fa/eva_p",
+    "bench/techniques/EVA",
 }
 LORA_FA = {"lora_fa/finetune", "lora_fa/hf_causal_lm", "lora_fa/acp_sgd", "lora_fa/eva_p"}
+BENCH_LFA = "bench/techniques/LFA"
 
 # Enough to build, train twice, validate once, and leave nothing behind.
 TWO_STEPS = [
@@ -64,6 +69,20 @@ CASES = {
             "--trainer.precision=32-true",
         ]
     ),
+    "bench/llama": Case(changes=SHORT_TEXT),
+    **{
+        f"bench/models/{name}": Case(base=("bench/llama",), changes=[*SMALL_LLAMA, *SHORT_TEXT])
+        for name in ("tiny", "small", "1.3b", "7b", "13b")
+    },
+    # Grouped queries: more heads than those of keys and values.
+    "bench/models/70b": Case(
+        base=("bench/llama",), changes=[*SMALL_LLAMA, *SHORT_TEXT, "--model.num_kv_heads=1", "--model.vocab_size=256"]
+    ),
+    "bench/models/hf": Case(base=("bench/llama",), changes=SHORT_TEXT),
+    **{
+        f"bench/techniques/{name}": Case(base=("bench/llama",), changes=SHORT_TEXT)
+        for name in ("F", "R", "L", "Q", "QL", "LFA", "Z2", "Z2O", "Z3", "Z3O", "ACP", "EVA")
+    },
     "eva/eva_f_char_llama": Case(changes=SHORT_TEXT),
     "eva/eva_p_char_llama": Case(changes=SHORT_TEXT),
     "hf/causal_lm": Case(changes=SHORT_TEXT),
@@ -127,7 +146,7 @@ def fit_two_steps(rank: int, world_size: int, arguments: list[str]) -> dict[str,
     if isinstance(optimizer := trainer.optimizers[0], (Eva, EvaP)):
         shown |= {"preconditioned_steps": optimizer.stats.counted_steps}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, LoRAFA):
+        if isinstance(callback, (LoRAFA, PEFTAdapter)):
             shown |= callback.stats
     return shown
 
@@ -136,11 +155,15 @@ def fit_two_steps(rank: int, world_size: int, arguments: list[str]) -> dict[str,
 @every_recipe()
 def test_it_trains_two_steps_offline(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    if recipe.name in ON_CUDA_ALONE:
+        pytest.skip("needs CUDA")
+    if recipe.name == "bench/techniques/L":
+        pytest.importorskip("peft")
     if "hf" in recipe.name:
         pytest.importorskip("transformers")
     if "digits" in recipe.name:
         pytest.importorskip("sklearn")
-    world_size = 2 if recipe.name in COMPRESSED else 1
+    world_size = 2 if recipe.name in COMPRESSED | SHARDED else 1
     case = CASES.get(recipe.name, Case())
 
     checkpoints = [f"--trainer.enable_checkpointing={str(case.checkpoints).lower()}"]
@@ -160,6 +183,10 @@ def test_it_trains_two_steps_offline(recipe: Recipe, tmp_path: Path, monkeypatch
             assert each["lora_fa/adapted"] == 28
             assert each["lora_fa/fell_back"] == 0
             assert each["lora_fa/saved_mib"] > 0
+        if recipe.name == BENCH_LFA:
+            assert each["lora_fa/adapted"] == 28
+        if recipe.name == "bench/techniques/L":
+            assert each["peft/layers"] == 28
 
 
 @pytest.mark.distributed
