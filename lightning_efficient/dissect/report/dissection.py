@@ -26,7 +26,7 @@ def render_text(report: DissectReport, *, width: int | None = None) -> str:
         report: the dissection.
         width: columns of the terminal; asked from it when None.
     """
-    columns = width or shutil.get_terminal_size((100, 24)).columns
+    columns = width or shutil.get_terminal_size((120, 24)).columns
     parts = [*summary_lines(report), ""]
     for section in _sections(report, in_page=False):
         parts += [section.title, section.text] if section.text else [section.title]
