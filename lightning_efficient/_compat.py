@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 else:
     from torch.distributed import GradBucket as GradBucket  # absent from the stubs of torch.distributed
 
-# The one way to see every operator that runs, and documented as such; its file has a private name.
+# The ways to run without memory, and to see every operator that runs; documented as such, in files of private names.
+from torch._subclasses import FakeTensorMode as FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
 
@@ -195,3 +196,10 @@ def plain_parts(tensor: "Tensor") -> "list[Tensor]":
 def set_data_parallel_size(strategy: "ModelParallelStrategy", size: int) -> None:
     """Decide how many ranks a strategy spreads the data over, once they can be counted."""
     strategy._data_parallel_size = size
+
+
+def is_fake(tensor: "Tensor") -> bool:
+    """Whether the tensor is one of `FakeTensorMode`: on a device, and without memory."""
+    from torch._subclasses import FakeTensor
+
+    return isinstance(tensor, FakeTensor)

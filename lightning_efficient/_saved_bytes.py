@@ -12,7 +12,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
-from lightning_efficient._compat import base_of_view, storage_address
+from lightning_efficient._compat import base_of_view, is_fake, storage_address
 
 
 class Kept(NamedTuple):
@@ -146,6 +146,8 @@ def saved_bytes(fn: Callable[[], Any] | None = None, *, module: nn.Module | None
 
 def _storage(tensor: Tensor) -> int:
     """The address of the memory, or of the storage where there is no memory: meta tensors and some subclasses."""
+    if is_fake(tensor):
+        return storage_address(tensor)
     try:
         return tensor.untyped_storage().data_ptr() or storage_address(tensor)
     except (RuntimeError, NotImplementedError):

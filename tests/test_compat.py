@@ -51,3 +51,10 @@ def test_plain_parts_are_those_that_a_wrapper_holds() -> None:
 
     assert _compat.plain_parts(plain) == [plain]
     assert {tuple(part.shape) for part in _compat.plain_parts(nested)} >= {(3, 3), (3,)}
+
+
+def test_fake_tensors_are_told_from_others() -> None:
+    with _compat.FakeTensorMode():
+        assert _compat.is_fake(torch.ones(2))
+    assert not _compat.is_fake(torch.ones(2))
+    assert not _compat.is_fake(torch.ones(2, device="meta"))

@@ -16,6 +16,7 @@ from lightning_efficient.dissect.flops import FlopCount, ModuleFlops
 from lightning_efficient.dissect.memory import PeakMemory, StateBytes, state_bytes
 from lightning_efficient.dissect.operators import kind_of
 from lightning_efficient.dissect.peaks import peak_flops
+from lightning_efficient.dissect.predict import LiveBytes, MemoryPrediction, predict_memory
 from lightning_efficient.dissect.ranges import ModuleRanges
 from lightning_efficient.dissect.recorder import Recorder
 from lightning_efficient.dissect.result import (
@@ -56,8 +57,10 @@ __all__ = [
     "Event",
     "FlopCount",
     "Flops",
+    "LiveBytes",
     "Machine",
     "Memory",
+    "MemoryPrediction",
     "ModuleFlops",
     "ModuleRanges",
     "Operator",
@@ -80,6 +83,7 @@ __all__ = [
     "from_json",
     "kind_of",
     "peak_flops",
+    "predict_memory",
     "predict_step",
     "quantiles",
     "rank_times",
