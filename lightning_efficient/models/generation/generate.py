@@ -84,3 +84,11 @@ def decoder_for(model: nn.Module, slots: int, *, max_len: int | None = None, pic
         f"{type(model).__name__} cannot generate: tokens come from a Llama of lightning_efficient.models or from a "
         "causal language model of transformers. Give one of the two."
     )
+
+
+def longest_sequence(model: nn.Module) -> int | None:
+    """Return the most tokens that a model takes, prompt and answer together; None where it does not say."""
+    config = getattr(model, "config", None)
+    name = "max_seq_len" if isinstance(model, Llama) else "max_position_embeddings"
+    longest: int | None = getattr(config, name, None)
+    return longest
