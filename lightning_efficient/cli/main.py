@@ -19,6 +19,8 @@ TOOL_COMMANDS = {
     "recipes": "list, show or copy the shipped recipes",
     "doctor": "show versions, devices, extras and system tools, and what is missing for what",
     "compression": "recommend rank and bucket size for this model and link",
+    "dissect": "train a recipe for some steps and say where their time and memory went",
+    "bench": "measure techniques, serving or collectives, and write tables and a page",
 }
 
 _USAGE = """\
@@ -116,6 +118,14 @@ def _tool(command: str) -> Callable[[Sequence[str]], int]:
         from lightning_efficient.cli import doctor
 
         return doctor.main
+    if command == "dissect":
+        from lightning_efficient.cli import dissect
+
+        return dissect.main
+    if command == "bench":
+        from lightning_efficient.cli import bench
+
+        return bench.main
     from lightning_efficient.cli import compression
 
     return compression.main
