@@ -14,6 +14,7 @@ from lightning_efficient.dissect.collectives import (
 from lightning_efficient.dissect.events import Event, events_of
 from lightning_efficient.dissect.flops import FlopCount, ModuleFlops
 from lightning_efficient.dissect.memory import PeakMemory, StateBytes, state_bytes
+from lightning_efficient.dissect.modelled import Cluster, ModelledStep, ModelSize, modelled_step
 from lightning_efficient.dissect.operators import kind_of
 from lightning_efficient.dissect.peaks import peak_flops
 from lightning_efficient.dissect.predict import LiveBytes, MemoryPrediction, predict_memory
@@ -49,6 +50,7 @@ __all__ = [
     "Breakdown",
     "CaseResult",
     "CleanWindow",
+    "Cluster",
     "Collective",
     "CollectivePoint",
     "CommReport",
@@ -61,6 +63,8 @@ __all__ = [
     "Machine",
     "Memory",
     "MemoryPrediction",
+    "ModelSize",
+    "ModelledStep",
     "ModuleFlops",
     "ModuleRanges",
     "Operator",
@@ -82,6 +86,7 @@ __all__ = [
     "fit",
     "from_json",
     "kind_of",
+    "modelled_step",
     "peak_flops",
     "predict_memory",
     "predict_step",

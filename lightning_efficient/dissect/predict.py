@@ -104,8 +104,9 @@ def predict_memory(
 
     .. math:: \text{peak} = \max_t \sum_{s \in \text{alive}(t)} b \, \lceil \text{bytes}(s) / b \rceil
 
-    over the storages :math:`s` that operators return, in blocks of :math:`b`, :math:`t` going through the second step: forward, backward, and
-    the optimizer, whose state is there since the first. It takes seconds for a model of billions of parameters.
+    over the storages :math:`s` that operators return, in blocks of :math:`b`. The time :math:`t` goes through the
+    second step: forward, backward, and the optimizer, whose state is there since the first. It takes seconds for a
+    model of billions of parameters.
 
     The operators are those of ``device``. Without a GPU take the CPU's, which keep the same in all but fused attention.
 
