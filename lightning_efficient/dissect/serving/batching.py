@@ -284,8 +284,8 @@ class _Server:
         self._start_s = time.perf_counter()
         while self._finished < len(self._answers) and self._now() < timeout_s:
             self._welcome()
-            admitted = self._batching.admits(len(self._waiting), len(self._slots))
-            if admitted:
+            # Again, as an answer of one token frees its slot at once.
+            while admitted := self._batching.admits(len(self._waiting), len(self._slots)):
                 self._prefill(admitted)
             if self._slots:
                 self._decode()

@@ -77,20 +77,15 @@ def test_each_request_gets_its_own_tokens(lengths: list[int], size: int, continu
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(1, 5))
 def test_continuous_never_idles_a_slot_while_requests_wait(lengths: list[int], size: int) -> None:
     decoder = Counting(size)
-    burst(lengths, ContinuousBatching(size), decoder)
+    run = burst(lengths, ContinuousBatching(size), decoder)
     waiting = len(lengths)
     for what, slots in decoder.calls:
         if what == "prefill":
             waiting -= len(slots)
         elif waiting:
-            # Answers of one token free their slot within the step that fills it; those are seen one step later.
-            ones = sum(length == 1 for length in lengths)
-            assert len(slots) >= size - ones
+            assert len(slots) == size
     assert waiting == 0
-    if 1 not in lengths:
-        assert sum(each for each in burst(lengths, ContinuousBatching(size)).active_slots) == sum(lengths) - len(
-            lengths
-        )
+    assert sum(run.active_slots) == sum(lengths) - len(lengths)  # a prompt gives the first token
 
 
 def test_static_carries_finished_requests_to_the_end_of_the_batch() -> None:
@@ -124,21 +119,20 @@ def test_a_carried_request_stops_where_the_model_ends() -> None:
 
 
 def test_a_slow_step_shows_in_itl_and_a_slow_prompt_in_ttft() -> None:
-    # Sleeps last at least their time; the bounds above leave room for a busy machine.
-    slow_step = burst([6] * 2, ContinuousBatching(2), Counting(2, decode_s=0.03)).report()
-    assert 0.03 <= slow_step.itl.p50 < 0.06
-    assert 0.03 <= slow_step.tpot.p50 < 0.06
-    assert slow_step.ttft.p50 < 0.02
-    slow_prompt = burst([6] * 2, ContinuousBatching(2), Counting(2, prefill_s=0.05)).report()
-    assert 0.05 <= slow_prompt.ttft.p50 < 0.08
-    assert slow_prompt.itl.p50 < 0.02
+    # A sleep lasts at least its time; the bounds above leave as much again for a busy machine.
+    slow_step = burst([3] * 2, ContinuousBatching(2), Counting(2, decode_s=0.1)).report()
+    assert 0.1 <= slow_step.itl.p50 < 0.2
+    assert 0.1 <= slow_step.tpot.p50 < 0.2
+    assert slow_step.ttft.p50 < 0.1
+    slow_prompt = burst([3] * 2, ContinuousBatching(2), Counting(2, prefill_s=0.1)).report()
+    assert 0.1 <= slow_prompt.ttft.p50 < 0.2
+    assert slow_prompt.itl.p50 < 0.1
 
 
 def test_waiting_for_a_slot_is_part_of_ttft() -> None:
-    run = burst([5, 5], ContinuousBatching(1), Counting(1, decode_s=0.02))
-    first, second = run.times
-    assert first.ttft_s < 0.02
-    assert second.ttft_s >= 4 * 0.02
+    first, second = burst([5, 5], ContinuousBatching(1), Counting(1, decode_s=0.05)).times
+    assert first.ttft_s < 0.05
+    assert second.ttft_s >= 4 * 0.05
 
 
 def test_poisson_requests_wait_for_their_time() -> None:
@@ -167,7 +161,7 @@ def test_what_is_unfinished_at_the_timeout_has_failed() -> None:
         load,
         Burst(2),
         batching=ContinuousBatching(1),
-        timeout_s=0.3,
+        timeout_s=0.8,
         warm_up=False,
         progress=seen.append,
     )
