@@ -1,10 +1,11 @@
 """Serving a burst of requests: batched as they come and go, in whole batches, one by one, and by transformers.
 
-    python -m tests.benchmarks.dissect_serving            # about two minutes on one core
+    python -m tests.benchmarks.dissect_serving            # about three minutes on one core
     python -m tests.benchmarks.dissect_serving --quick    # a look; writes nothing
 
 All serve the same requests with the same weights in one process on one thread, in turns. A ratio is the median over
-rounds of the tokens per second over those of the base in the same round. Needs the extra `hf`.
+rounds of the tokens per second of CPU time over those of the base in the same round: a burst never waits, and the CPU
+time leaves out what other processes of the machine take. Needs the extra `hf`.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -61,7 +63,7 @@ def methods() -> dict[str, Callable[[Sequence[Request]], ServingRun]]:
     import transformers
 
     torch.manual_seed(0)
-    model = Llama(CONFIG).eval()
+    model = Llama(CONFIG)
     theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**CONFIG.to_hf())).eval()
     theirs.load_state_dict(model.state_dict())
     theirs.generation_config.eos_token_id = None  # answers have the length that was asked for
@@ -135,32 +137,48 @@ def serve_by_generate(model: Any, load: Sequence[Request], size: int) -> Serving
     )
 
 
-def measure(rounds: int, requests: int) -> tuple[dict[str, list[ServingReport]], dict[str, int]]:
-    """Return the reports of each method by round, and how many of its answers are those of one at a time."""
+@dataclass(frozen=True)
+class Round:
+    """One method in one round; the CPU time includes warming up."""
+
+    report: ServingReport
+    cpu_s: float
+
+    @property
+    def tokens_per_cpu_s(self) -> float:
+        """Output tokens per second of CPU time."""
+        return self.report.output_tokens / self.cpu_s
+
+
+def measure(rounds: int, requests: int) -> tuple[dict[str, list[Round]], dict[str, int]]:
+    """Return the rounds of each method, and how many of its answers are those of one at a time."""
     load = synthetic_requests(requests, CONFIG.vocab_size, prompt_tokens=PROMPT_TOKENS, new_tokens=NEW_TOKENS, seed=0)
     served = methods()
-    reports: dict[str, list[ServingReport]] = {name: [] for name in served}
+    done: dict[str, list[Round]] = {name: [] for name in served}
     answers: dict[str, tuple[tuple[int, ...], ...]] = {}
     turns = [name for number in range(rounds) for name in (list(served) if number % 2 else list(reversed(served)))]
     for name in track(turns, description="serving"):
+        start_s = time.process_time()
         run = served[name](load)
-        reports[name].append(run.report(model="Llama, 11.0 million parameters", device="cpu", dtype="float32"))
+        cpu_s = time.process_time() - start_s
+        report = run.report(model="Llama, 11.0 million parameters", device="cpu", dtype="float32")
+        done[name].append(Round(report, cpu_s))
         answers[name] = run.tokens
     equal = {name: sum(a == b for a, b in zip(each, answers[ONE], strict=True)) for name, each in answers.items()}
-    return reports, equal
+    return done, equal
 
 
-def page(reports: dict[str, list[ServingReport]], equal: dict[str, int], command: str) -> str:
+def page(done: dict[str, list[Round]], equal: dict[str, int], command: str) -> str:
     """Return the Markdown page."""
-    rounds = len(reports[ONE])
+    rounds = len(done[ONE])
     rows: list[list[Cell]] = []
-    for name, each in reports.items():
+    for name, each in done.items():
         middle = [_median(each, read) for read in _READ.values()]
-        rows.append([name, *middle, f"{equal[name]} of {each[0].finished}"])
+        rows.append([name, *middle, f"{equal[name]} of {each[0].report.finished}"])
     table = Table(["method", *_READ, "answers as one by one"], rows)
     pairs = Table(
-        ["tokens/s of", "over those of", Column("ratio", "x"), "lowest and highest round"],
-        [[a, b, ratio(reports[a], reports[b]), _range(reports[a], reports[b])] for a, b in PAIRS],
+        ["tokens per CPU second of", "over those of", Column("ratio", "x"), "lowest and highest round"],
+        [[a, b, statistics.median(ratios(done[a], done[b])), _range(ratios(done[a], done[b]))] for a, b in PAIRS],
     )
     lines = [
         "# Serving a burst: continuous, static, one at a time, and transformers",
@@ -168,7 +186,7 @@ def page(reports: dict[str, list[ServingReport]], equal: dict[str, int], command
         f"A burst of {REQUESTS} requests, prompts of {PROMPT_TOKENS} tokens, answers of {NEW_TOKENS[0]} to "
         f"{NEW_TOKENS[1]}; batches of {BATCH}, greedy, float32, one thread. A Llama with D = {CONFIG.hidden_size}, "
         f"F = {CONFIG.ffn_size}, {CONFIG.num_layers} layers, {CONFIG.num_heads} heads on {CONFIG.kv_heads} key-value "
-        f"heads, V = {CONFIG.vocab_size}. Methods take turns, {rounds} round(s); figures are medians over them. TTFT: "
+        f"heads, V = {CONFIG.vocab_size}. Methods take turns, {rounds} rounds; figures are medians over them. TTFT: "
         "arrival to first token. ITL: gap between tokens. E2E: arrival to last token. Occupancy: share of the batch's "
         "places with an unfinished request.",
         "",
@@ -186,34 +204,30 @@ def page(reports: dict[str, list[ServingReport]], equal: dict[str, int], command
     return "\n".join(lines)
 
 
-READING = """Same requests, same weights, same steps: continuous batching differs from static only in refilling a place
-at once. `generate` is timed as if it streamed its tokens; without, its users wait for the end of their batch. Answers
-that differ from those of one at a time come from rounding in float32, which depends on the batch's shape and can turn
-an argmax of random weights; in float64 all are equal (`tests/models/test_generation.py`).
+READING = """Continuous batching differs from static only in refilling a place at once: the same steps, fewer of them.
+Its longest gaps between tokens (ITL p99) are those in which another request's prompt is read. `generate` is timed as if
+it streamed its tokens; without, its users wait for the end of their batch. Times are of the wall clock and grow with
+whatever else the machine does; the ratios are of CPU time.
 """
 
 
-def ratio(reports: Sequence[ServingReport], base: Sequence[ServingReport]) -> float:
-    """Tokens per second over those of the base, median over rounds."""
-    return statistics.median(_ratios(reports, base))
+def ratios(rounds: Sequence[Round], base: Sequence[Round]) -> list[float]:
+    """Tokens per CPU second over those of the base, round by round."""
+    return [a.tokens_per_cpu_s / b.tokens_per_cpu_s for a, b in zip(rounds, base, strict=True)]
 
 
-def _ratios(reports: Sequence[ServingReport], base: Sequence[ServingReport]) -> list[float]:
-    return [a.output_tokens_per_s / b.output_tokens_per_s for a, b in zip(reports, base, strict=True)]
+def _range(values: Sequence[float]) -> str:
+    return f"{min(values):.2f} to {max(values):.2f}"
 
 
-def _range(reports: Sequence[ServingReport], base: Sequence[ServingReport]) -> str:
-    ratios = _ratios(reports, base)
-    return f"{min(ratios):.2f} to {max(ratios):.2f}"
+def _latency(kind: str, share: str) -> Callable[[Round], float | None]:
+    return lambda each: getattr(getattr(each.report, kind), share, None)
 
 
-def _latency(kind: str, share: str) -> Callable[[ServingReport], float | None]:
-    return lambda report: getattr(getattr(report, kind), share, None)
-
-
-_READ: dict[Column, Callable[[ServingReport], float | None]] = {
-    Column("output", "tokens/s"): lambda report: report.output_tokens_per_s,
-    Column("occupancy", "%"): lambda report: report.occupancy,
+_READ: dict[Column, Callable[[Round], float | None]] = {
+    Column("output", "tokens/s"): lambda each: each.report.output_tokens_per_s,
+    Column("per CPU time", "tokens/s"): lambda each: each.tokens_per_cpu_s,
+    Column("occupancy", "%"): lambda each: each.report.occupancy,
     Column("TTFT p50", "s"): _latency("ttft", "p50"),
     Column("ITL p50", "s"): _latency("itl", "p50"),
     Column("ITL p99", "s"): _latency("itl", "p99"),
@@ -223,8 +237,8 @@ _READ: dict[Column, Callable[[ServingReport], float | None]] = {
 }
 
 
-def _median(reports: Sequence[ServingReport], read: Callable[[ServingReport], float | None]) -> float | None:
-    values = [value for value in map(read, reports) if value is not None]
+def _median(rounds: Sequence[Round], read: Callable[[Round], float | None]) -> float | None:
+    values = [value for value in map(read, rounds) if value is not None]
     return statistics.median(values) if values else None
 
 
@@ -237,11 +251,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     rounds, requests = (1, 8) if options.quick else (options.rounds, REQUESTS)
-    reports, equal = measure(rounds, requests)
-    text = page(reports, equal, "python -m tests.benchmarks.dissect_serving")
+    done, equal = measure(rounds, requests)
+    text = page(done, equal, "python -m tests.benchmarks.dissect_serving")
     print(text)
     if not options.quick:
-        raw = {name: [to_json(each) for each in rounds_of] for name, rounds_of in reports.items()}
+        raw = {name: [to_json(each) for each in of_method] for name, of_method in done.items()}
         options.out.with_suffix(".md").write_text(text, encoding="utf-8")
         options.out.with_suffix(".json").write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
     return 0
