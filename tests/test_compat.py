@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from lightning_efficient import _compat
+from lightning_efficient.strategies import FullyShardedStrategy
 
 
 def test_sequence_numbers_lead_from_a_running_node_to_the_code_that_made_it() -> None:
@@ -58,3 +59,12 @@ def test_fake_tensors_are_told_from_others() -> None:
         assert _compat.is_fake(torch.ones(2))
     assert not _compat.is_fake(torch.ones(2))
     assert not _compat.is_fake(torch.ones(2, device="meta"))
+
+
+def test_the_data_parallel_size_is_the_strategys() -> None:
+    strategy = FullyShardedStrategy()
+
+    _compat.set_data_parallel_size(strategy, 3)
+
+    # What setup_environment reads; the sharding tests of the models run it.
+    assert vars(strategy)["_data_parallel_size"] == 3

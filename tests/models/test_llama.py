@@ -57,6 +57,27 @@ def test_logits_equal_transformers(name: str) -> None:
     torch.testing.assert_close(back(some_ids()), ours(some_ids()), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("heads", [4, 2, 1])
+def test_eager_attention_equals_the_fused_one_with_its_gradients(heads: int, dtype: torch.dtype) -> None:
+    results = []
+    for attention in ("sdpa", "eager"):
+        model = small(num_kv_heads=heads, attention=attention).to(dtype)
+        logits = model(some_ids())
+        gradients = torch.autograd.grad(logits.square().mean(), list(model.parameters()))
+        results.append([logits.detach(), *gradients])
+
+    # A sum of some thirty terms in another order, relative to the largest of each tensor.
+    relative = 1e-12 if dtype == torch.float64 else 1e-5
+    for fused, formula in zip(*results, strict=True):
+        torch.testing.assert_close(formula, fused, rtol=0, atol=relative * float(fused.abs().max()))
+
+
+def test_there_is_no_third_attention() -> None:
+    with pytest.raises(ValueError, match="There is no attention 'flash'"):
+        small(attention="flash")
+
+
 def test_fused_attention_equals_the_formula_with_grouped_heads() -> None:
     model = small(num_kv_heads=2)
     attention = model.model.layers[0].self_attn

@@ -4,15 +4,16 @@ A new technique adds one row, and a reference to `references.py` if its arithmet
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Callback
 from torch.optim import SGD, Adam
 
-from lightning_efficient.callbacks import AttachOptimizer, CompressionMonitor, LoRAFA, OptimizerGuard
+from lightning_efficient.callbacks import AttachOptimizer, CompressionMonitor, LoRAFA, OptimizerGuard, PEFTAdapter
 from lightning_efficient.compression import ACPSGD, Compressor, HalfPrecision, PowerSGD, SignSGD, TopK
 from lightning_efficient.optimizers import Eva, EvaP
 from lightning_efficient.strategies import CompressedDDPStrategy
@@ -20,6 +21,7 @@ from tests.plugins import references
 from tests.plugins.reference_eva import eva, eva_s
 from tests.plugins.reference_eva_p import eva_p
 from tests.plugins.reference_lora_fa import lora_fa
+from tests.plugins.reference_peft import peft_by_hand
 from tests.plugins.references import Reduce, Reference, exchanging
 from tests.plugins.tiny import PLAIN_SGD, MakeOptimizer, TinyModule, sgd
 
@@ -183,9 +185,30 @@ def eva_row(reference: Reference, **init_args: Any) -> Row:
     )
 
 
+def peft_row() -> Row:
+    """A row of PEFTAdapter; peft draws A from torch's global generator."""
+    row = callback_row(
+        PEFTAdapter,
+        {"model_attr": "net", "config": PEFT},
+        lambda callback: callback.stats.get("peft/trainable", 0.0),
+        strategy="ddp",
+        oracle="trained by hand",
+        optimizer=ADAM,
+        reference=peft_by_hand(PEFT, seed=3, optimizer=ADAM),
+    )
+
+    def seeded() -> TrainerArgs:
+        torch.manual_seed(3)
+        return row.trainer()
+
+    oracles = {name: replace(oracle, trainer=seeded) for name, oracle in row.oracles.items()}
+    return replace(row, trainer=seeded, oracles=oracles)
+
+
 ADAM: MakeOptimizer = partial(Adam, lr=0.03)
 LORA_FA: dict[str, Any] = {"r": 4, "alpha": 8.0, "seed": 5}
 LORA_FA_ARGS: dict[str, Any] = {"model_attr": "net", "adapter_dtype": "float64", **LORA_FA}
+PEFT: dict[str, Any] = {"peft_type": "LORA", "r": 2, "target_modules": "0|2|4"}
 EVERYTHING_SEEN: dict[str, Any] = {"kv_samples": None, "g_scale": "expectation", "rescale": "clip"}
 """Settings of Eva with which no way to deal a batch out to ranks and steps changes the vectors."""
 # Momentum and weight decay are said because jsonargparse keeps those of SGD, the default, for a class in its place.
@@ -293,4 +316,5 @@ ROWS: dict[str, Row] = {
         optimizer=ADAM,
         reference=lora_fa(**LORA_FA, optimizer=ADAM),
     ),
+    "PEFTAdapter": peft_row(),
 }

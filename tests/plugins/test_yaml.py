@@ -83,6 +83,7 @@ def _with_misspelling(section: Any) -> tuple[Any, str]:
         return [_with_misspelling(each)[0] for each in section], key
     if not isinstance(section, dict):
         return section, key
-    if "class_path" in section and not any(isinstance(v, dict) for v in section.get("init_args", {}).values()):
+    inner = section.get("init_args", {}).values()
+    if "class_path" in section and not any(isinstance(v, dict) and "class_path" in v for v in inner):
         return {**section, "init_args": {**section.get("init_args", {}), key: 3}}, key
     return {k: _with_misspelling(v)[0] for k, v in section.items()}, key
