@@ -64,14 +64,15 @@ def wait_for(work: Any, *, what: str, timeout_s: float, device: torch.device) ->
         ) from error
 
 
-def fit_line(points: Sequence[tuple[float, float]]) -> tuple[float, float, float]:
-    r"""Fit :math:`t = a + b N` with :math:`a, b \ge 0` to the least sum of absolute relative errors.
+def fit_line(points: Sequence[tuple[float, float]], *, robust: bool = False) -> tuple[float, float, float]:
+    r"""Fit :math:`t = a + b N` with :math:`a, b \ge 0` to relative errors.
 
-    Relative, so that small messages determine the latency and large ones the rate; absolute, not squared, so that a
-    size that was disturbed, or that a token bucket let pass unslowed, does not bend the line.
+    Relative, so that small messages determine the latency and large ones the rate.
 
     Args:
         points: pairs of bytes N and seconds t, of two sizes at least; seconds above 0.
+        robust: minimise the sum of the errors' absolute values instead of their squares, so that a size that was
+            disturbed, or that a token bucket let pass unslowed, does not bend the line.
 
     Returns:
         a in seconds, b in seconds per byte, and the root mean square of the relative errors.
@@ -83,12 +84,14 @@ def fit_line(points: Sequence[tuple[float, float]]) -> tuple[float, float, float
         raise ValueError(
             f"cannot fit a line ({len(points)} points): two sizes and times above 0 are needed. Measure more sizes."
         )
-    weights, a, b, errors = [1.0] * len(points), 0.0, 0.0, [0.0]
-    for _ in range(_REWEIGHTED):  # least squares, weighted by the last round's errors, approach least absolute errors
-        a, b = _weighted_line(points, weights)
-        errors = [(a + b * n_bytes) / seconds - 1 for n_bytes, seconds in points]
-        weights = [1 / max(abs(error), _EXACT) for error in errors]
-    return a, b, math.sqrt(statistics.fmean(error * error for error in errors))
+    a, b = _weighted_line(points, [1.0] * len(points))
+    for _ in range(_REWEIGHTED if robust else 0):  # squares weighted by the last round's errors approach absolute ones
+        a, b = _weighted_line(points, [1 / max(abs(error), _EXACT) for error in _errors(points, a, b)])
+    return a, b, math.sqrt(statistics.fmean(error * error for error in _errors(points, a, b)))
+
+
+def _errors(points: Sequence[tuple[float, float]], a: float, b: float) -> list[float]:
+    return [(a + b * n_bytes) / seconds - 1 for n_bytes, seconds in points]
 
 
 def _weighted_line(points: Sequence[tuple[float, float]], weights: Sequence[float]) -> tuple[float, float]:

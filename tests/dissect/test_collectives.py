@@ -2,11 +2,14 @@
 
 import os
 import time
+from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from lightning_efficient.dissect import (
     AlphaBeta,
@@ -99,6 +102,42 @@ def test_ranks_agree_on_every_collective(world_size: int) -> None:
     assert from_json(CommReport, to_json(first)).points == first.points
 
 
+class OnlyTwo(dist.ProcessGroup):
+    """A process group written in Python, as vendors do, that lacks most collectives."""
+
+    def __init__(self, gloo: dist.ProcessGroup, rank: int, world_size: int) -> None:
+        super().__init__(rank, world_size)
+        self._gloo = gloo
+
+    def getBackendName(self) -> str:
+        return "only_two"
+
+    def allreduce(self, tensors: list[Tensor], options: object) -> dist.Work:
+        return self._gloo.allreduce(tensors, options)
+
+    def broadcast(self, tensors: list[Tensor], options: object) -> dist.Work:
+        return self._gloo.broadcast(tensors, options)
+
+
+def swept_with_two(rank: int, world_size: int, folder: str) -> CommReport:
+    def create(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> dist.ProcessGroup:
+        return OnlyTwo(dist.ProcessGroupGloo(store, rank, world_size, timeout), rank, world_size)
+
+    dist.Backend.register_backend("only_two", create, devices=["cpu"])
+    store = dist.FileStore(f"{folder}/store", world_size)
+    dist.init_process_group("only_two", store=store, rank=rank, world_size=world_size)
+    return sweep(sizes=[1024, 4096], repeats=1)
+
+
+@pytest.mark.distributed
+def test_what_a_backend_lacks_is_reported_with_the_reason(tmp_path: Path) -> None:
+    first, second = run_ranks(swept_with_two, 2, str(tmp_path), group=False)
+    assert first == second
+    assert {each.op for each in first.points} == set(first.fits) == {"all_reduce", "broadcast"}
+    assert set(first.unsupported) == {"all_gather", "reduce_scatter", "all_to_all"}
+    assert all("only_two does not support it" in why for why in first.unsupported.values())
+
+
 def within_budget(rank: int, world_size: int) -> tuple[list[int], float]:
     begin = time.perf_counter()
     report = sweep(ops=["all_reduce"], sizes=[4**n for n in range(5, 15)], repeats=3, budget_s=0.1)
@@ -130,7 +169,7 @@ def test_a_rank_that_is_gone_is_an_error_and_no_hang() -> None:
 
 def refused(rank: int, world_size: int) -> list[str]:
     said = []
-    for wrong in ({"ops": ["allreduce"]}, {"sizes": []}, {"repeats": 0}, {"sizes": [0]}):
+    for wrong in ({"ops": ["allreduce"]}, {"sizes": []}, {"repeats": 0}, {"sizes": [0]}, {"timeout_s": 0}):
         with pytest.raises(ValueError, match=r"no collective|bad sweep") as error:
             sweep(**wrong)  # type: ignore[arg-type]
         said.append(str(error.value))

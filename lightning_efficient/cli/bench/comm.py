@@ -23,6 +23,7 @@ from lightning_efficient.dissect.report.svg import line_chart
 from lightning_efficient.dissect.report.tables import Column, Table
 from lightning_efficient.dissect.result import write_json
 
+_GRACE_S = 5.0  # for the other processes to end by themselves after one has failed
 _UNITS = {"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 _DESCRIPTION = """\
 Times collectives over sizes, fits latency and bandwidth to them, and prints both. Starts its processes itself, or joins
@@ -49,14 +50,19 @@ def main(argv: Sequence[str]) -> int:
         UserError: An option is wrong.
     """
     options = _parser().parse_args(list(argv))
-    _check(options)
-    if "WORLD_SIZE" in os.environ and "RANK" in os.environ:  # torchrun
-        _run(int(os.environ["RANK"]), options, "env://", int(os.environ["WORLD_SIZE"]))
+    joins = "WORLD_SIZE" in os.environ and "RANK" in os.environ  # torchrun
+    _check(options, joins)
+    if joins:
+        _run(int(os.environ["RANK"]), options, "env://", options.world_size)
         return 0
     with tempfile.TemporaryDirectory() as folder:
         arguments = (options, f"file://{folder}/rendezvous", options.world_size)
         try:
-            start_processes(_run, args=arguments, nprocs=options.world_size, start_method="spawn")
+            processes = start_processes(
+                _run, args=arguments, nprocs=options.world_size, join=False, start_method="spawn"
+            )
+            while not processes.join(grace_period=_GRACE_S):
+                pass
         except ProcessException as error:
             sys.stderr.write(f"error: a process failed: {str(error).strip().splitlines()[-1]}\n")
             return 1
@@ -64,20 +70,20 @@ def main(argv: Sequence[str]) -> int:
 
 
 def parse_sizes(text: str) -> tuple[int, ...]:
-    """Bytes of `1KiB-64MiB` (by factors of 4), or of `1KiB,1MiB`.
+    """Bytes of `1KiB..64MiB` (by factors of 4), or of `1KiB,1MiB`.
 
     Raises:
         UserError: If a size cannot be read, or the range is empty.
     """
-    if "-" in text:
-        low, _, high = text.partition("-")
+    if ".." in text:
+        low, _, high = text.partition("..")
         size, last = parse_size(low), parse_size(high)
         sizes = []
         while size <= last:
             sizes.append(size)
             size *= 4
         if not sizes:
-            raise UserError(f"bad sizes '{text}': the first is larger than the last. Write e.g. 1KiB-64MiB.")
+            raise UserError(f"bad sizes '{text}': the first is larger than the last. Write e.g. 1KiB..64MiB.")
         return tuple(sizes)
     return tuple(parse_size(each) for each in text.split(","))
 
@@ -101,22 +107,27 @@ def parse_size(text: str) -> int:
 def report_tables(report: CommReport) -> list[Table]:
     """The times, and the lines through them."""
     times = Table(
-        ["collective", "size (KiB)", Column("time", "s"), Column("algbw", "B/s"), Column("busbw", "B/s")],
+        ["collective", "size (KiB)", Column("time", "s", digits=4), Column("algbw", "B/s"), Column("busbw", "B/s")],
         [[each.op, each.n_bytes / 1024, each.seconds, each.algbw, each.busbw] for each in report.points],
         caption="Times, slowest rank",
     )
     lines = Table(
-        ["collective", Column("latency", "s"), Column("rate", "B/s"), "misfit (%)"],
+        ["collective", Column("latency", "s"), Column("rate", "bit/s"), "misfit (%)"],
         [
-            [op, line.alpha_s, 1 / line.beta_s_per_byte if line.beta_s_per_byte else None, 100 * line.residual]
+            [op, line.alpha_s, 8 / line.beta_s_per_byte if line.beta_s_per_byte else None, _percent(line.residual)]
             for op, line in report.fits.items()
         ],
-        caption="Time = latency + bytes / rate",
+        caption="Time = latency + size / rate",
     )
     missing = Table(
         ["collective", "why"], [[op, why] for op, why in report.unsupported.items()], caption="Not measured"
     )
     return [times, *([lines] if report.fits else []), *([missing] if report.unsupported else [])]
+
+
+def _percent(share: float) -> float:
+    """In steps of 0.01: a line through two points has a misfit of rounding errors alone."""
+    return round(100 * share, 2)
 
 
 def report_section(report: CommReport) -> Section:
@@ -142,7 +153,7 @@ def report_section(report: CommReport) -> Section:
 
 def _run(rank: int, options: argparse.Namespace, rendezvous: str, world_size: int) -> None:
     if options.backend == "nccl":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)) % torch.cuda.device_count())
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)))
     dist.init_process_group(
         options.backend,
         init_method=rendezvous,
@@ -151,15 +162,15 @@ def _run(rank: int, options: argparse.Namespace, rendezvous: str, world_size: in
         timeout=timedelta(seconds=options.timeout),
     )
     try:
-        console = Console(stderr=True)
-        with console.status("") as status:
+        # One rank alone writes to the terminal.
+        with Console(stderr=True, quiet=rank != 0).status("connecting") as status:
             report = sweep(
                 ops=options.ops,
                 sizes=options.sizes,
                 repeats=options.repeats,
                 budget_s=options.budget,
                 timeout_s=options.timeout,
-                progress=(lambda op, size: status.update(f"{op}, {size} bytes")) if rank == 0 else None,
+                progress=lambda op, size: status.update(f"{op}, {size} bytes"),
             )
         if rank == 0:
             _show(report, options)
@@ -180,18 +191,35 @@ def _show(report: CommReport, options: argparse.Namespace) -> None:
         sys.stdout.write(f"\nWrote {options.out / 'comm.html'}, comm.md and comm.json.\n")
 
 
-def _check(options: argparse.Namespace) -> None:
+def _check(options: argparse.Namespace, joins: bool) -> None:
     options.sizes = parse_sizes(options.sizes) if options.sizes else SIZES
-    if options.backend == "auto":
-        options.backend = "nccl" if torch.cuda.device_count() >= options.world_size else "gloo"
-    if options.backend == "nccl" and not torch.cuda.is_available():
-        raise UserError("--backend nccl: there is no CUDA device here. Use --backend gloo.")
+    options.budget, options.timeout = _seconds("budget", options.budget), _seconds("timeout", options.timeout)
+    started = int(os.environ["WORLD_SIZE"]) if joins else None
+    if started is not None and options.world_size not in (None, started):
+        raise UserError(
+            f"--world-size {options.world_size}: torchrun has started {started} processes. Leave the option out."
+        )
+    options.world_size = started or (2 if options.world_size is None else options.world_size)
     for name, value, least in (("world-size", options.world_size, 2), ("repeats", options.repeats, 1)):
         if value < least:
             raise UserError(f"--{name} {value}: {least} or more are needed to measure a link. Give {least} or more.")
-    for name, seconds in (("budget", options.budget), ("timeout", options.timeout)):
-        if not seconds > 0:
-            raise UserError(f"--{name} {seconds:g}: it is a time in seconds. Give a number above 0.")
+    # Of this machine: NCCL refuses two processes on one GPU.
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", options.world_size)) if joins else options.world_size
+    devices = torch.cuda.device_count() if dist.is_nccl_available() else 0
+    if options.backend == "auto":
+        options.backend = "nccl" if devices >= here else "gloo"
+    if options.backend == "nccl" and devices < here:
+        raise UserError(
+            f"--backend nccl: {here} processes on this machine need a CUDA device each, and there are {devices}. Use "
+            "--backend gloo, or fewer processes."
+        )
+
+
+def _seconds(name: str, text: str) -> float:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*s?\s*", text)
+    if match is None or float(match[1]) == 0:
+        raise UserError(f"--{name} {text}: it is a time in seconds. Give a number above 0, such as 30 or 30s.")
+    return float(match[1])
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -201,13 +229,15 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--world-size", type=int, default=2, metavar="N", help="processes to start here (default: 2)")
+    parser.add_argument("--world-size", type=int, metavar="N", help="processes to start here (default: 2)")
     parser.add_argument("--ops", nargs="+", choices=OPS, default=OPS, metavar="OP", help=f"default: {' '.join(OPS)}")
-    parser.add_argument("--sizes", metavar="SIZES", help="1KiB-64MiB by factors of 4, or 1KiB,1MiB (default: to 16MiB)")
+    parser.add_argument(
+        "--sizes", metavar="SIZES", help="1KiB..64MiB by factors of 4, or 1KiB,1MiB (default: to 16MiB)"
+    )
     parser.add_argument("--backend", choices=("auto", "gloo", "nccl"), default="auto", help="default: nccl if it can")
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="timed runs per size (default: 5)")
-    parser.add_argument("--budget", type=float, default=30.0, metavar="S", help="seconds for everything (default: 30)")
-    parser.add_argument("--timeout", type=float, default=60.0, metavar="S", help="seconds for one run (default: 60)")
+    parser.add_argument("--budget", default="30s", metavar="TIME", help="seconds for everything (default: 30s)")
+    parser.add_argument("--timeout", default="60s", metavar="TIME", help="seconds for one run (default: 60s)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write a page with the plot, and the tables")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report")
     return parser

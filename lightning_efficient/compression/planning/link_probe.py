@@ -91,7 +91,7 @@ def measure_link(
 def fit_link(points: Sequence[tuple[float, float]], *, world_size: int) -> LinkModel:
     r"""Fits :math:`T(N) = 2(W-1)\alpha + 2\frac{W-1}{W} N \beta` to measured ring all-reduces.
 
-    Least absolute relative errors, both terms kept at 0 or above.
+    Least squares on relative errors, both terms kept at 0 or above.
 
     Args:
         points: pairs of bytes and seconds, of two sizes at least; seconds above 0.
