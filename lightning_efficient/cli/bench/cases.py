@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import itertools
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -95,9 +96,9 @@ def expand(sweep: Sweep) -> list[Case]:
     ]
     cases += _controls(cases) if sweep.control else []
     for names in ([case.case_id for case in cases], [case.folder for case in cases]):
-        for at, name in enumerate(names):
-            if name in names[:at]:
-                raise UserError(f"two cells are named {name}: their results would mix. Name each value once.")
+        if len(set(names)) < len(names):
+            name = Counter(names).most_common(1)[0][0]
+            raise UserError(f"two cells are named {name}: their results would mix. Name each value once.")
     return cases
 
 
@@ -113,7 +114,7 @@ def why_not(case: Case, sweep: Sweep, machine: Machine) -> str:
     if machine.gpus and world > machine.gpus:
         return f"world {world} needs {world} GPUs, and there are {machine.gpus} here."
     for name in techniques:
-        for package, extra in TECHNIQUES[name].extras:
+        for package, extra in TECHNIQUES[name].extras if name in TECHNIQUES else ():
             if package not in machine.packages:
                 return f"{name} needs {package}: pip install 'lightning-efficient[{extra}]'."
     return ""
@@ -203,7 +204,7 @@ def _doublings(most: int) -> tuple[Value, ...]:
 
 
 def _techniques(case: Case) -> list[str]:
-    return [name for name in str(case.axes["technique"]).split("+") if name in TECHNIQUES]
+    return str(case.axes["technique"]).split("+")
 
 
 def _part(axis: str, value: Value) -> str:

@@ -19,7 +19,7 @@ from lightning_efficient.cli.bench.summary import (
 from lightning_efficient.cli.bench.techniques import NONE
 from lightning_efficient.dissect.report import Section, bar_chart, markdown, page, scatter_chart, stacked_bar_chart
 from lightning_efficient.dissect.report.dissection import dissection_sections, main_breakdown, phase_seconds
-from lightning_efficient.dissect.result import CaseResult, to_json
+from lightning_efficient.dissect.result import PHASES, CaseResult, to_json
 
 _OPEN_SETTINGS = 2
 
@@ -113,10 +113,10 @@ def _relative(best: dict[str, CaseResult]) -> list[str]:
         return []
     speeds = {name: ratio for name, each in best.items() if (ratio := relative_speed(each, base)) is not None}
     base_memory = memory(base)
-    charts = [bar_chart(speeds, title="Speed to none", unit="x", reference=1.0)]
+    charts = [bar_chart(speeds, title="Speed, none = 1", unit="x", reference=1.0)]
     if base_memory:
         used = {name: found[0] / base_memory[0] for name, each in best.items() if (found := memory(each))}
-        charts.append(bar_chart(used, title=f"{base_memory[1].capitalize()} to none", unit="x", reference=1.0))
+        charts.append(bar_chart(used, title=f"{base_memory[1].capitalize()}, none = 1", unit="x", reference=1.0))
     return charts
 
 
@@ -129,16 +129,16 @@ def _steps(best: dict[str, CaseResult]) -> list[str]:
             scale = result.report.throughput.step_s.p50 / breakdown.step_s
             bars[name] = {phase: seconds * scale for phase, seconds in phase_seconds(breakdown).items()}
     title = "Where a step goes: shares of the profiled step, length of the clean one"
-    return [stacked_bar_chart(bars, title=title, unit="s")] if bars else []
+    return [stacked_bar_chart(bars, title=title, unit="s", order=PHASES)] if bars else []
 
 
 def _glossary(results: Sequence[CaseResult]) -> Section:
     text = (
         "Speed is from the clean steps, in which nothing is hooked or profiled. 'Training state' is parameters, "
         "gradients, optimizer state and what a forward pass keeps for backward; 'process peak' is the resident memory "
-        "of a process, Python and torch included. 'Spread' is the standard deviation of a step over its mean. 'To "
-        "none' compares with the same batch. A technique is called faster where it is by 2 %, by two standard errors, "
-        "and by more than the base differs between the begin and the end of the sweep."
+        "of a process, Python and torch included. 'Spread' is the standard deviation of a step over its mean. 'By "
+        "none' is the ratio to none at the same batch. A technique is called faster where it is by 2 %, by two "
+        "standard errors, and by more than the base differs between the begin and the end of the sweep."
     )
     return Section("What the words mean", text, tables=[technique_table(results)])
 

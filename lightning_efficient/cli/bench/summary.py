@@ -48,7 +48,7 @@ class Setting:
 
     @property
     def drift(self) -> float | None:
-        """Share by which the base's speed differs between its two runs, the largest over batches; None if it ran once."""
+        """Share by which the base's speed differs between its two runs, the largest over batches; None without two."""
         found = []
         for again in self.results:
             first = _base(self, again) if CONTROL in again.axes else None
@@ -148,12 +148,12 @@ def macro_table(results: Sequence[CaseResult]) -> Table:
     memories = {used[1] for result in results if (used := memory(result))}
     columns = [
         Column("speed", units.pop() if len(units) == 1 else "", bar=True),
-        Column("to none", "x"),
+        Column("speed by none", "x"),
         Column("step p50", "s"),
         Column("step p90", "s"),
         Column("spread", "%", digits=2),
         Column(memories.pop() if len(memories) == 1 else "memory", "B", bar=True),
-        Column("memory to none", "x"),
+        Column("memory by none", "x"),
         Column("process peak", "B"),
         Column("saved", "B"),
         Column("MFU", "%"),
@@ -173,7 +173,7 @@ def macro_table(results: Sequence[CaseResult]) -> Table:
     columns = [column for at, column in enumerate(columns) if at not in empty]
     rows = [[cell for at, cell in enumerate(row) if at - first not in empty] for row in rows]
     common = ", ".join(f"{_NAMES.get(axis, axis + ' ')}{results[0].axes.get(axis)}" for axis in constant)
-    return Table([*varying, "status", *columns, "why"], rows, caption=f"All cases{f' ({common})' if common else ''}")
+    return Table([*varying, "status", *columns, "why"], rows, caption=common)
 
 
 def technique_table(results: Sequence[CaseResult]) -> Table:
@@ -212,6 +212,8 @@ def _verdicts(setting: Setting) -> list[str]:
 
 
 def _fastest(best: Mapping[str, CaseResult], base: CaseResult, drift: float) -> str:
+    if len(best) == 1:
+        return f"Only none was measured: {_speed(base)}."
     name = max(best, key=lambda each: relative_speed(best[each], base) or 0.0)
     ratio = relative_speed(best[name], base)
     if name == NONE or ratio is None or not is_faster(best[name], base, drift=drift):
@@ -222,7 +224,7 @@ def _fastest(best: Mapping[str, CaseResult], base: CaseResult, drift: float) -> 
 
 def _least_memory(best: Mapping[str, CaseResult], base: CaseResult) -> list[str]:
     used = {name: found for name, result in best.items() if (found := memory(result))}
-    if NONE not in used:
+    if NONE not in used or len(best) == 1:
         return []
     name = min(used, key=lambda each: used[each][0])
     (n_bytes, what), (base_bytes, _) = used[name], used[NONE]
@@ -248,6 +250,8 @@ def _batches(setting: Setting) -> list[str]:
     if NONE not in largest:
         return []
     name = max(largest, key=lambda each: largest[each])
+    if len(largest) == 1:
+        return [f"Largest batch: {largest[NONE]}."]
     if largest[name] == largest[NONE]:
         return [f"Largest batch: {largest[NONE]} for none; no technique fits more of those tried."]
     return [f"Largest batch: {largest[name]} with {name}, {largest[NONE]} with none."]

@@ -166,7 +166,7 @@ def _rules(data: Mapping[str, Any]) -> Rules:
 
     def letters(names: Any, where: str) -> tuple[str, ...]:
         for name in _sequence(names, where):
-            if name not in TECHNIQUES:
+            if name not in TECHNIQUES and (name != NONE or where == "rules.exclusive"):
                 raise UserError(
                     f"{where} holds '{name}': there is no such technique.{did_you_mean(str(name), TECHNIQUES)} Known "
                     f"are {', '.join(TECHNIQUES)}."

@@ -69,7 +69,7 @@ class Rules:
 
     Attributes:
         exclusive: groups of which a combination holds one technique at most.
-        needs_cuda: techniques that run on GPUs only.
+        needs_cuda: techniques that run on GPUs only; ``none`` may be among them.
         needs_world_2: techniques that need two processes or more.
     """
 

@@ -167,6 +167,7 @@ def _step_sections(report: DissectReport, breakdown: Breakdown, *, in_page: bool
                 {each.clock: phase_seconds(each) for each in (report.device, report.host) if each},
                 title="Phases",
                 unit="s",
+                order=PHASES,
             ),
             bar_chart(dict(list(role_seconds(breakdown).items())[:TOP]), title="By role", unit="s"),
         ]

@@ -67,10 +67,11 @@ def markdown(title: str, lead: Sequence[str], sections: Sequence[Section]) -> st
 
 
 def _section(section: Section, level: int) -> str:
+    figures = [f'<figure tabindex="0">{chart}</figure>' for chart in section.charts]
     inner = "\n".join(
         [
             *(f"<p>{escape(part)}</p>" for part in section.text.split("\n\n") if part),
-            *(f'<figure tabindex="0">{chart}</figure>' for chart in section.charts),
+            *(['<div class="figures">', *figures, "</div>"] if figures else []),
             *(table.html() for table in section.tables),
             *(_section(child, min(level + 1, 6)) for child in section.children),
         ]

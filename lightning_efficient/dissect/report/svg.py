@@ -102,9 +102,10 @@ def scatter_chart(
     Raises:
         ValueError: no points, or one that is not finite.
     """
+    xs, ys = [x for x, _ in points.values()], [y for _, y in points.values()]
     frame = Frame.of(
-        axis([x for x, _ in points.values()], x_label, unit=x_unit, from_zero=True),
-        axis([y for _, y in points.values()], y_label, unit=y_unit, from_zero=True),
+        axis(xs, x_label, unit=x_unit, from_zero=_shows_zero(xs)),
+        axis(ys, y_label, unit=y_unit, from_zero=_shows_zero(ys)),
         top=_TOP,
         height=_PLOT,
     )
@@ -136,27 +137,37 @@ def bar_chart(values: Mapping[str, float], *, title: str, unit: str = "", refere
     Raises:
         ValueError: no bars, or a number that is negative or not finite.
     """
-    return _bars({name: {"": value} for name, value in values.items()}, title, unit, reference, keys=())
+    return _bars({name: {"": value} for name, value in values.items()}, title, unit, reference, palette={})
 
 
-def stacked_bar_chart(bars: Mapping[str, Mapping[str, float]], *, title: str, unit: str = "") -> str:
+def stacked_bar_chart(
+    bars: Mapping[str, Mapping[str, float]], *, title: str, unit: str = "", order: Sequence[str] = ()
+) -> str:
     """Return horizontal bars of several parts, with a legend; the totals stand beside them.
 
     Args:
         bars: name to the parts' names and numbers, 0 or more.
         title: shown above, and read aloud.
         unit: base unit; see :func:`lightning_efficient.dissect.report.numbers.scale`.
+        order: all parts that there can be, so that a part has the same colour in every plot.
 
     Raises:
         ValueError: no bars, or a number that is negative or not finite.
     """
-    keys = tuple(dict.fromkeys(key for parts in bars.values() for key, value in parts.items() if value))
-    return _bars(bars, title, unit, None, keys=keys)
+    there = dict.fromkeys(key for parts in bars.values() for key, value in parts.items() if value)
+    palette = {key: colour(index) for index, key in enumerate(dict.fromkeys([*order, *there]))}
+    return _bars(bars, title, unit, None, palette={key: paint for key, paint in palette.items() if key in there})
 
 
 def _bars(
-    bars: Mapping[str, Mapping[str, float]], title: str, unit: str, reference: float | None, *, keys: Sequence[str]
+    bars: Mapping[str, Mapping[str, float]],
+    title: str,
+    unit: str,
+    reference: float | None,
+    *,
+    palette: Mapping[str, str],
 ) -> str:
+    keys = list(palette)
     totals = {name: _total(name, parts) for name, parts in bars.items()}
     if not totals:
         raise ValueError(f"The plot '{title}' has no bars: nothing was measured. Leave it out.")
@@ -164,21 +175,21 @@ def _bars(
     left = min(_WIDEST_NAME, max(text_width(name) for name in totals)) + 8
     width = WIDTH - left - max(text_width(quantity(total, unit)) for total in totals.values()) - 10
     top = _TOP + (legend_height(keys, left=0) + 4 if keys else 0.0)
-    body = legend(keys, left=0, top=_TOP, shape=lambda index, x, y: _box(x - 6, y - 5, 11, 11, colour(index)))
+    body = legend(keys, left=0, top=_TOP, shape=lambda index, x, y: _box(x - 6, y - 5, 11, 11, palette[keys[index]]))
     for row, (name, parts) in enumerate(bars.items()):
         y = top + row * _ROW
         body.append(label(left - 8, y + 13, shorten(name, _WIDEST_NAME), anchor="end"))
         x = left
         for key, value in parts.items():
             length = width * value / longest
-            index = keys.index(key) if key in keys else 0
+            paint = palette.get(key, colour(0))
             tip = f"{name}, {key}: {quantity(value, unit)}" if key else f"{name}: {quantity(value, unit)}"
             if value:
-                body.append(_box(x, y, length, _BAR, colour(index), tip=tip))
+                body.append(_box(x, y, length, _BAR, paint, tip=tip))
             share = f"{value / totals[name]:.0%}" if key and value else ""
             if share and length > text_width(share) + 6:
-                paint = f' fill="{ink(colour(index))}" font-size="11" pointer-events="none"'
-                body.append(label(x + length / 2, y + 13, share, anchor="middle", extra=paint))
+                style = f' fill="{ink(paint)}" font-size="11" pointer-events="none"'
+                body.append(label(x + length / 2, y + 13, share, anchor="middle", extra=style))
             x += length
         body.append(label(x + 6, y + 13, quantity(totals[name], unit)))
     bottom = top + len(bars) * _ROW
@@ -213,6 +224,11 @@ def _mark(index: int, x: float, y: float, *, tip: str = "") -> str:
         return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" {attributes}>{inner}</circle>'
     path = " ".join(f"{x + dx:.1f},{y + dy:.1f}" for dx, dy in form)
     return f'<polygon points="{path}" {attributes}>{inner}</polygon>'
+
+
+def _shows_zero(values: Sequence[float]) -> bool:
+    """Whether an axis may begin at 0 and its points still use half of it."""
+    return bool(values) and min(values) < 0.5 * max(values)
 
 
 def _label_places(x: float, y: float, width: float) -> list[tuple[float, float]]:
