@@ -130,7 +130,7 @@ def _page(rows: list[tuple[CaseResult, MemoryPrediction | None]], options: argpa
         f"# Llama {options.model} on {name}, by technique",
         "",
         f"Micro-batch {options.micro_batch}, one process; overlays of `recipes/bench`. *Predicted*: peak of memory "
-        "from shapes alone (`predict_memory`). *In modules*: share of the GPU's busy time that lies in rows of modules, "
+        "from shapes alone (`predict_memory`). *In modules*: share of the GPU's busy time in rows of modules, "
         "of the loss and of the optimizer.",
         "",
         "| technique | sequence | tokens/s | step | peak | predicted | off by | MFU | HFU | in modules | status |",
