@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lightning_efficient.callbacks import (
         AttachOptimizer,
         CompressionMonitor,
+        Dissect,
         LoRAFA,
         OptimizerGuard,
         PEFTAdapter,
@@ -55,6 +56,7 @@ __all__ = [
     "CompressedDDPStrategy",
     "CompressionMonitor",
     "Compressor",
+    "Dissect",
     "EfficientCLI",
     "Eva",
     "EvaP",
@@ -87,6 +89,7 @@ _HOMES = {
     "CompressedDDPStrategy": "strategies",
     "CompressionMonitor": "callbacks",
     "Compressor": "compression",
+    "Dissect": "callbacks",
     "EfficientCLI": "cli",
     "Eva": "optimizers",
     "EvaP": "optimizers",

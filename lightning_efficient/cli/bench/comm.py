@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
         UserError: An option is wrong.
     """
     options = _parser().parse_args(list(argv))
-    joins = "WORLD_SIZE" in os.environ and "RANK" in os.environ  # torchrun
+    joins = int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ  # torchrun
     _check(options, joins)
     if joins:
         _run(int(os.environ["RANK"]), options, "env://", options.world_size)
