@@ -17,7 +17,15 @@ from lightning_efficient.cli.bench.summary import (
     technique_table,
 )
 from lightning_efficient.cli.bench.techniques import NONE
-from lightning_efficient.dissect.report import Section, bar_chart, markdown, page, scatter_chart, stacked_bar_chart
+from lightning_efficient.dissect.report import (
+    Section,
+    Table,
+    bar_chart,
+    markdown,
+    page,
+    scatter_chart,
+    stacked_bar_chart,
+)
 from lightning_efficient.dissect.report.dissection import dissection_sections, main_breakdown, phase_seconds
 from lightning_efficient.dissect.result import PHASES, CaseResult, to_json
 
@@ -60,13 +68,13 @@ def html_report(results: Sequence[CaseResult], title: str) -> str:
         for at, setting in enumerate(each for each in everything if each.best)
     ]
     cases = Section("Cases", "One measured case each; open it.", children=[_case(result) for result in results])
-    sections = [*plots, Section("All cases", tables=[macro_table(results)]), _glossary(results), cases]
+    sections = [*plots, _all_cases(results), _glossary(results), cases]
     return page(_headline(title), lead(results), sections)
 
 
 def markdown_report(results: Sequence[CaseResult], title: str) -> str:
     """Return verdicts and tables as Markdown."""
-    sections = [Section("All cases", tables=[macro_table(results)]), _glossary(results)]
+    sections = [_all_cases(results), _glossary(results)]
     return markdown(_headline(title), lead(results), sections)
 
 
@@ -87,9 +95,7 @@ def _plots(setting: Setting, *, collapsed: bool) -> Section:
     charts = [_scatter(best), *_relative(best), *_steps(best)]
     if setting.largest_batch:
         charts.append(bar_chart(setting.largest_batch, title="Largest batch that ran"))
-    where = (
-        f"{machine.machine.device}, {machine.machine.precision}, {machine.machine.strategy} without a technique's own."
-    )
+    where = f"{machine.machine.device}, {machine.machine.precision}; each technique at its fastest batch."
     return Section(setting.name or "Techniques", where, charts=[each for each in charts if each], collapsed=collapsed)
 
 
@@ -130,6 +136,12 @@ def _steps(best: dict[str, CaseResult]) -> list[str]:
             bars[name] = {phase: seconds * scale for phase, seconds in phase_seconds(breakdown).items()}
     title = "Where a step goes: shares of the profiled step, length of the clean one"
     return [stacked_bar_chart(bars, title=title, unit="s", order=PHASES)] if bars else []
+
+
+def _all_cases(results: Sequence[CaseResult]) -> Section:
+    missing = [[each.case_id, each.status, each.reason] for each in results if each.status != "ok"]
+    unmeasured = [Table(["case", "status", "why"], missing, caption="Not measured")] if missing else []
+    return Section("All cases", tables=[macro_table(results), *unmeasured])
 
 
 def _glossary(results: Sequence[CaseResult]) -> Section:

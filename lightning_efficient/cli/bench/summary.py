@@ -204,10 +204,10 @@ def _verdicts(setting: Setting) -> list[str]:
         return [f"Fastest: {fastest}, {_speed(best[fastest])}; 'none' did not run, so nothing is compared with it."]
     return [
         _fastest(best, base, setting.drift or 0.0),
+        *_unrest(setting),
         *_least_memory(best, base),
         *_dominates(base),
         *_batches(setting),
-        *_unrest(setting),
     ]
 
 

@@ -29,6 +29,7 @@ _ROW = 26.0  # pixels from one bar to the next
 _BAR = 18.0
 _TOP = 30.0  # below the title
 _WIDEST_NAME = 250.0
+_HALO = ' stroke="var(--back, #fff)" stroke-width="3" paint-order="stroke"'
 _PLOT = 300.0  # height of a plot with two axes
 
 
@@ -176,6 +177,7 @@ def _bars(
     width = WIDTH - left - max(text_width(quantity(total, unit)) for total in totals.values()) - 10
     top = _TOP + (legend_height(keys, left=0) + 4 if keys else 0.0)
     body = legend(keys, left=0, top=_TOP, shape=lambda index, x, y: _box(x - 6, y - 5, 11, 11, palette[keys[index]]))
+    amounts: list[str] = []  # above the line that marks the reference
     for row, (name, parts) in enumerate(bars.items()):
         y = top + row * _ROW
         body.append(label(left - 8, y + 13, shorten(name, _WIDEST_NAME), anchor="end"))
@@ -191,7 +193,7 @@ def _bars(
                 style = f' fill="{ink(paint)}" font-size="11" pointer-events="none"'
                 body.append(label(x + length / 2, y + 13, share, anchor="middle", extra=style))
             x += length
-        body.append(label(x + 6, y + 13, quantity(totals[name], unit)))
+        amounts.append(label(x + 6, y + 13, quantity(totals[name], unit), extra=_HALO))
     bottom = top + len(bars) * _ROW
     if reference is not None:
         x = left + width * reference / longest
@@ -199,7 +201,7 @@ def _bars(
             f'<line x1="{x:.1f}" y1="{top - 4:.1f}" x2="{x:.1f}" y2="{bottom - 4:.1f}" stroke="currentColor" '
             'stroke-opacity="0.6" stroke-dasharray="4 3" pointer-events="none"/>'
         )
-    return drawing(bottom + 4, title, body, kind="bars")
+    return drawing(bottom + 4, title, body + amounts, kind="bars")
 
 
 def _total(name: str, parts: Mapping[str, float]) -> float:
