@@ -10,6 +10,9 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
+
     import lightning.pytorch as pl
     from lightning.pytorch.strategies import ModelParallelStrategy
     from lightning.pytorch.utilities import CombinedLoader
@@ -92,6 +95,31 @@ def compiles(module: "nn.Module") -> bool:
         or getattr(each, "_compiler_ctx", None) is not None
         for each in module.modules()
     )
+
+
+def wrap_compiled_call(
+    module: "nn.Module", around: "Callable[[], AbstractContextManager[Any]]"
+) -> "Callable[[], None] | None":
+    """Enter a context around every call of a module that `module.compile()` compiled in place.
+
+    Its hooks run within the compiled graph, so they can neither time it nor be added without compiling it anew.
+
+    Returns:
+        What undoes it; None where the module is not compiled in place.
+    """
+    call = module._compiled_call_impl
+    if call is None:
+        return None
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with around():
+            return call(*args, **kwargs)
+
+    def undo() -> None:
+        module._compiled_call_impl = call
+
+    module._compiled_call_impl = wrapped
+    return undo
 
 
 def training_batches(trainer: "pl.Trainer") -> "CombinedLoader":

@@ -1,5 +1,8 @@
 """The private names that _compat touches are still there and mean the same."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 
@@ -68,3 +71,23 @@ def test_the_data_parallel_size_is_the_strategys() -> None:
 
     # What setup_environment reads; the sharding tests of the models run it.
     assert vars(strategy)["_data_parallel_size"] == 3
+
+
+def test_a_context_is_entered_around_calls_of_a_module_compiled_in_place() -> None:
+    entered = []
+
+    @contextmanager
+    def around() -> Iterator[None]:
+        entered.append(1)
+        yield
+
+    module = nn.Linear(2, 2)
+    assert _compat.wrap_compiled_call(module, around) is None
+    module.compile(backend="eager")
+    undo = _compat.wrap_compiled_call(module, around)
+    assert undo is not None
+    module(torch.ones(1, 2))
+    assert entered == [1]
+    undo()
+    module(torch.ones(1, 2))
+    assert entered == [1]

@@ -38,7 +38,7 @@ class RangesForActions(Profiler):
     """
 
     def __init__(
-        self, inner: Profiler, *, open_range: Callable[[str], None], close_range: Callable[[], None], ignore: str
+        self, inner: Profiler, *, open_range: Callable[[str], object], close_range: Callable[[], None], ignore: str
     ) -> None:
         super().__init__()
         self.inner = inner

@@ -4,7 +4,8 @@ Every instant of the training thread belongs to the innermost event that covers 
 
 - an operator to the module whose forward (or recomputation) range encloses it;
 - a node of backward to the module whose operator made it. Both carry autograd's sequence number: an operator records
-  the number that the next node will get, so the last operator that recorded a number is the one that used it up;
+  the number that the next node will get, so the last operator that recorded a number is the one that used it up. What
+  the engine does between two nodes, handing on the results of the first and freeing its inputs, is the first one's;
 - everything else to the nearest range around it: the optimizer, the data loader, the engine of backward, ...
 
 What a range or the engine spends by itself while a collective is in flight is *exposed communication*: nothing was
@@ -106,9 +107,11 @@ class _Open:
     event: Event
     end: int
     label: Label | None
+    module: str
     waits: bool
     cursor: int
     children: int = 0
+    node_before: Label | None = None
 
 
 @dataclass(slots=True)
@@ -141,22 +144,34 @@ class _Walk:
             hidden = overlap(start, end, elsewhere) if label.row == ENGINE else 0
             exposed = min(overlap(start, end, in_flight), end - start - hidden)
             self.times[label] -= hidden + exposed
-            self.times[Label(COMMUNICATION, "communication")] += exposed
+            if exposed:
+                self.times[Label(COMMUNICATION, "communication")] += exposed
 
     def _push(self, event: Event) -> None:
         stack = self._stacks[event.thread]
         while stack and stack[-1].end <= event.start:
             self._pop(stack)
         parent = stack[-1] if stack else None
+        # Also outside of the steps: the graph of a step may be older than it.
+        module = self._module(event, parent.module if parent else TRAINING_STEP)
         label = self._label(event, parent.label if parent else None)
         end = min(event.end, parent.end) if parent else event.end
+        if parent is not None and parent.event.name.startswith("Optimizer.") and label and label.phase == "optimizer":
+            parent.label = label  # torch's range knows the class, the one in it which of several it is
         if parent is not None:
-            self._gap(parent, event.start)
+            is_node = event.name.startswith(_NODE)
+            if is_node and parent.node_before is not None:
+                # Between two nodes the engine hands on the results of the first, and frees what it was given.
+                self.times[parent.node_before] += event.start - parent.cursor
+                parent.children += event.start - parent.cursor
+            else:
+                self._gap(parent, event.start)
+            parent.node_before = label if is_node else None
             parent.cursor = end
             parent.children += end - event.start
         elif label is not None and event.thread != self.main_thread and event.name.startswith(_NODE):
             self._elsewhere.append((event.start, end))
-        stack.append(_Open(event, end, label, _may_wait(event), event.start))
+        stack.append(_Open(event, end, label, module, _may_wait(event), event.start))
 
     def _pop(self, stack: list[_Open]) -> None:
         done = stack.pop()
@@ -169,11 +184,26 @@ class _Walk:
             totals = self.operators[done.event.name]
             totals[0] += own
             totals[1] += 1
-            self.label_of[done.event.correlation] = done.label
+            if done.event.correlation:
+                self.label_of[done.event.correlation] = done.label
 
     def _gap(self, open_: _Open, until: int) -> None:
         if open_.waits and open_.label is not None and until > open_.cursor:
             self._gaps.append((open_.cursor, until, open_.label))
+
+    def _module(self, event: Event, around: str) -> str:
+        """The module whose nodes an event makes, or else the training step."""
+        for prefix in (FORWARD, RECOMPUTE):
+            if event.name.startswith(prefix):
+                return event.name[len(prefix) :]
+        if event.name.startswith(_NODE):
+            return self._maker(event, TRAINING_STEP)  # a node may make others: for gradients of gradients
+        if event.sequence >= 0 and not event.forward_thread:
+            self._module_of[event.sequence, event.thread] = around
+        return around
+
+    def _maker(self, node: Event, otherwise: str) -> str:
+        return self._module_of.get((node.sequence, node.forward_thread), otherwise)
 
     def _label(self, event: Event, around: Label | None) -> Label | None:
         """The row of an event; None outside of the steps."""
@@ -186,11 +216,6 @@ class _Walk:
             return Label(name[len(FORWARD) :], "forward") if inside else None
         if name.startswith(RECOMPUTE):
             return Label(name[len(RECOMPUTE) :], "recompute") if inside else None
-        if event.sequence >= 0 and not event.forward_thread:
-            # Also outside of the steps: a graph may be older than the record's first step.
-            self._module_of[event.sequence, event.thread] = (
-                around.row if around and around.phase in ("forward", "recompute") else TRAINING_STEP
-            )
         if name.startswith(_NODE):
             return self._node(event) if inside else None
         if around is None:
@@ -207,7 +232,7 @@ class _Walk:
     def _node(self, event: Event) -> Label:
         if event.name.endswith("AccumulateGrad"):
             return Label(GRAD_ACCUMULATE, "backward")
-        return Label(self._module_of.get((event.sequence, event.forward_thread), UNATTRIBUTED), "backward")
+        return Label(self._maker(event, UNATTRIBUTED), "backward")
 
     def _in_a_step(self, event: Event) -> bool:
         return overlap(event.start, event.end, self.steps) > 0
@@ -257,7 +282,7 @@ def _device(
     in_flight = union((each.start, each.end) for each in kernels if is_collective_backend(each.name))
     times: dict[Label, int] = defaultdict(int)
     operators: dict[str, list[int]] = defaultdict(lambda: [0, 0])
-    cursor = begin = kernels[0].start
+    cursor = kernels[0].start
     busy = union((each.start, each.end) for each in compute)
     for kernel in compute:
         # Where streams overlap, the kernel that began first has the time.
@@ -269,6 +294,9 @@ def _device(
     exposed = sum(end - start - overlap(start, end, busy) for start, end in in_flight)
     if exposed:
         times[Label(COMMUNICATION, "communication")] += exposed
-    total = max(each.end for each in kernels) - begin
+    # Whatever the GPU does between two steps, such as validation, belongs to neither, and is no idleness.
+    first, last = kernels[0].start, max(each.end for each in kernels)
+    in_steps = union([*walk.steps, *busy, *in_flight])
+    total = overlap(first, last, in_steps)
     times[Label(IDLE, "other")] += total - sum(times.values())
     return Breakdown("device", _SECONDS * total / steps, _rows(times, walk.calls, modules, steps)), operators

@@ -37,7 +37,7 @@ class Event:
         sequence: number of the autograd node that the operator was about to make, or that the node has; -1 for none.
         is_async: it began on one thread and ended on another, as a collective does.
         on_device: a kernel or copy of a GPU.
-        correlation: links a kernel (here: the operator's number) to its operator (its own number).
+        correlation: links a kernel (here: the operator's number) to its operator (its own number); 0 for neither.
         n_bytes: of the first input, for collectives; else 0.
     """
 
@@ -62,7 +62,12 @@ def events_of(profile: Any) -> list[Event]:
     Returns:
         The events, in no particular order.
     """
-    return [_event(record) for record in profiler_records(profile)]
+    # A GPU's echo of a range is no work of its own.
+    return [
+        _event(record)
+        for record in profiler_records(profile)
+        if _is_on_host(record) or not (record.is_user_annotation() or record.name().startswith("le::"))
+    ]
 
 
 def is_collective_backend(name: str) -> bool:
@@ -70,8 +75,12 @@ def is_collective_backend(name: str) -> bool:
     return name.startswith("gloo:") or "ncclDevKernel" in name or "ncclKernel" in name
 
 
+def _is_on_host(record: Any) -> bool:
+    return "CPU" in str(record.device_type())
+
+
 def _event(record: Any) -> Event:
-    name, on_device = record.name(), "CPU" not in str(record.device_type())
+    name, on_device = record.name(), not _is_on_host(record)
     sized = name.startswith(("gloo:", "nccl:", "c10d::"))
     return Event(
         name=name,
@@ -82,9 +91,15 @@ def _event(record: Any) -> Event:
         sequence=record.sequence_nr(),
         is_async=record.is_async(),
         on_device=on_device,
-        correlation=record.linked_correlation_id() if on_device else record.correlation_id(),
+        correlation=_correlation(record, on_device=on_device),
         n_bytes=_first_bytes(record.structured_input_shapes(), record.dtypes()) if sized else 0,
     )
+
+
+def _correlation(record: Any, *, on_device: bool) -> int:
+    linked = int(record.linked_correlation_id())
+    # Calls of the driver are linked as kernels are, and their own numbers are of another kind than operators'.
+    return linked if on_device else 0 if linked else int(record.correlation_id())
 
 
 def _first_bytes(shapes: Iterable[Any], dtypes: Iterable[str]) -> int:

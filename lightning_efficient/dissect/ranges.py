@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
-from lightning_efficient._compat import compiles, graph_task_id, profiler_range
+from lightning_efficient._compat import compiles, graph_task_id, profiler_range, wrap_compiled_call
 from lightning_efficient.dissect.events import FORWARD, RECOMPUTE
 from lightning_efficient.dissect.roles import role_of
 
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+# Runs again in backward without its wrapper, which is none of the model's modules therefore.
+_REPEATED = "_checkpoint_wrapped_module"
 
 
 class ModuleRanges:
     """Hooks that open ``le::F:path`` before a module's forward and close it after, also where it raises.
 
     A forward that runs inside of backward repeats one whose activations were not kept: its range is ``le::R:path``.
-    Nothing is attached inside of a compiled module, where hooks would not fire or would cut the graph: it is one row.
+    Nothing is attached inside of a compiled module, where hooks would not fire or would cut the graph: it is one row,
+    with a range around the call of what was compiled.
 
     Args:
         module: whose submodules to watch.
@@ -32,51 +37,69 @@ class ModuleRanges:
     def __init__(self, module: nn.Module, *, root: bool = True) -> None:
         self.modules: dict[str, nn.Module] = {}
         self.compiled: list[str] = []
-        self._handles: list[RemovableHandle] = []
-        self._open: list[Any] = []
+        self._undo: list[Callable[[], None]] = []
+        self._open: list[tuple[str, Any]] = []
         self._collect(module, "", root=root, seen=set())
 
     def attach(self) -> None:
         """Attach the hooks; those of an earlier call go first."""
         self.detach()
         for path, module in self.modules.items():
-            names = (FORWARD + path, RECOMPUTE + path)
+            # A module compiled in place runs its hooks within the graph.
+            around = wrap_compiled_call(module, partial(self._range, path))
+            if around is not None:
+                self._undo.append(around)
+                continue
+            enter, leave = self._hooks(path)
             # First in and last out, so that other hooks count as the module's own time.
-            self._handles.append(module.register_forward_pre_hook(self._opener(names), prepend=True))
-            self._handles.append(module.register_forward_hook(self._close, always_call=True))
+            self._undo.append(module.register_forward_pre_hook(enter, prepend=True).remove)
+            self._undo.append(module.register_forward_hook(leave, always_call=True).remove)
 
     def detach(self) -> None:
         """Remove the hooks and close what is open."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        while self._open:
-            self._open.pop().__exit__(None, None, None)
+        while self._undo:
+            self._undo.pop()()
+        self._close_to(0)
 
     def describe(self) -> dict[str, tuple[str, str]]:
         """Return role and class by path."""
         return {path: (role_of(path, each), type(each).__name__) for path, each in self.modules.items()}
 
-    def _opener(self, names: tuple[str, str]) -> Any:
-        def open_range(module: nn.Module, args: Any) -> None:
-            entered = profiler_range(names[graph_task_id() != -1])
-            entered.__enter__()
-            self._open.append(entered)
+    def _hooks(self, path: str) -> tuple[Callable[..., None], Callable[..., None]]:
+        return lambda *call: self._enter(path), lambda *call: self._leave(path)
 
-        return open_range
+    @contextmanager
+    def _range(self, path: str) -> Iterator[None]:
+        self._enter(path)
+        try:
+            yield
+        finally:
+            self._leave(path)
 
-    def _close(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._open:
-            self._open.pop().__exit__(None, None, None)
+    def _enter(self, path: str) -> None:
+        entered = profiler_range((RECOMPUTE if graph_task_id() != -1 else FORWARD) + path)
+        entered.__enter__()
+        self._open.append((path, entered))
+
+    def _leave(self, path: str) -> None:
+        # Above it may lie ranges of modules whose hooks torch did not call, after an interruption.
+        for at in range(len(self._open) - 1, -1, -1):
+            if self._open[at][0] == path:
+                self._close_to(at)
+                return
+
+    def _close_to(self, depth: int) -> None:
+        while len(self._open) > depth:
+            self._open.pop()[1].__exit__(None, None, None)
 
     def _collect(self, module: nn.Module, path: str, *, root: bool, seen: set[int]) -> None:
         if id(module) in seen:
             return
         seen.add(id(module))
         is_compiled = _is_compiled(module)
-        if root and is_compiled:
+        if is_compiled:
             self.compiled.append(path)
-        if root and (not is_compiled or hasattr(module, "_orig_mod")):
+        if root and not hasattr(module, _REPEATED):
             self.modules.setdefault(path, module)
         if is_compiled:
             return

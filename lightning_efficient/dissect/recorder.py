@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -82,12 +83,16 @@ class Recorder:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        while self._open:
-            self.close()
+        self.close_to(0)
         if self._profile is not None:
             profile, self._profile = self._profile, None
             profile.stop()
-            self.events += events_of(profile)
+            # The numbers that link kernels to operators begin anew with each record.
+            offset = max((each.correlation for each in self.events), default=0)
+            self.events += [
+                replace(each, correlation=each.correlation + offset) if offset and each.correlation else each
+                for each in events_of(profile)
+            ]
 
     def discard(self) -> None:
         """Stop, and forget what was recorded since the last :meth:`start`."""
@@ -95,25 +100,35 @@ class Recorder:
         self.stop()
         self.events = kept
 
-    def open(self, name: str) -> None:
-        """Begin a range; ranges end in the opposite order."""
+    def open(self, name: str) -> int:
+        """Begin a range; ranges end in the opposite order.
+
+        Returns:
+            How many were open before, for :meth:`close_to`.
+        """
         entered = profiler_range(name)
         entered.__enter__()
         self._open.append(entered)
+        return len(self._open) - 1
 
     def close(self) -> None:
         """End the range that was begun last."""
         if self._open:
             self._open.pop().__exit__(None, None, None)
 
+    def close_to(self, depth: int) -> None:
+        """End ranges until so many are left open: also those that an error kept from ending."""
+        while len(self._open) > depth:
+            self.close()
+
     @contextmanager
     def step(self) -> Iterator[None]:
         """An optimizer step: only what happens in one is counted."""
-        self.open(STEP)
+        before = self.open(STEP)
         try:
             yield
         finally:
-            self.close()
+            self.close_to(before)
 
     @contextmanager
     def range(self, phase: Phase, row: str) -> Iterator[None]:
@@ -128,11 +143,11 @@ class Recorder:
         """
         if phase not in PHASES:
             raise ValueError(f"There is no phase {phase!r}: a step has {', '.join(PHASES)}. Give one of these.")
-        self.open(f"{PHASE}{phase}:{row}")
+        before = self.open(f"{PHASE}{phase}:{row}")
         try:
             yield
         finally:
-            self.close()
+            self.close_to(before)
 
     def result(self) -> Attribution:
         """Cut what was recorded into rows; see :func:`attribute`.
@@ -150,6 +165,12 @@ class Recorder:
         self.stop()
 
     def _watch(self, optimizer: Optimizer, row: str) -> None:
-        # torch's own range names the class alone. If a step fails, `stop` closes what stays open.
-        self._handles.append(optimizer.register_step_pre_hook(lambda *_: self.open(f"{PHASE}optimizer:{row}")))
-        self._handles.append(optimizer.register_step_post_hook(lambda *_: self.close()))
+        # torch's own range around this names the class alone. If a step fails, what encloses it closes the range, too.
+        def opening(*step: Any) -> None:
+            self.open(f"{PHASE}optimizer:{row}")
+
+        def closing(*step: Any) -> None:
+            self.close()
+
+        self._handles.append(optimizer.register_step_pre_hook(opening))
+        self._handles.append(optimizer.register_step_post_hook(closing))
