@@ -29,8 +29,8 @@ def test_the_shipped_sweeps_can_be_read(name: str) -> None:
     ("changes", "message"),
     [
         ({"matrx": {}}, r"a sweep has no key 'matrx'\. Did you mean 'matrix'\?"),
-        ({"recipe": "bench/lama"}, r"There is no recipe 'bench/lama': looked in .*bench/llama"),
-        ({"matrix": {"tecnique": ["F"]}}, r"matrix\.tecnique is an unknown axis\. Did you mean 'technique'\?"),
+        ({"recipe": "bench/llamma"}, r"There is no recipe 'bench/llamma': looked in .*bench/llama"),
+        ({"matrix": {"technikue": ["F"]}}, r"matrix\.technikue is an unknown axis\. Did you mean 'technique'\?"),
         ({"matrix": {"lr": [0.1]}}, r"keys: \{lr: model\.init_args\.lr\}"),
         ({"matrix": {"seq": 128}}, r"matrix\.seq is 128: it has to be a list"),
         ({"matrix": {"seq": []}}, r"matrix\.seq has no value"),

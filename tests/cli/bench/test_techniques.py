@@ -29,7 +29,7 @@ def test_a_combination_has_one_order(text: str, name: str) -> None:
     ("text", "message"),
     [
         ("f", r"there is no 'f'\. Did you mean 'F'\? Known are none, F, R, L, QL"),
-        ("F+LAF", r"there is no 'LAF'\. Did you mean 'LFA'\?"),
+        ("F+LFB", r"there is no 'LFB'\. Did you mean 'LFA'\?"),
         ("none+F", "'none' is the base"),
         ("F+F", "one is named twice"),
         ("L+LFA", r"L and LFA exclude each other, by the rule 'exclusive: \[L, QL, LFA, Q\]'"),
