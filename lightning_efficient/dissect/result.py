@@ -395,6 +395,8 @@ def _build(kind: Any, data: Any) -> Any:
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is tuple:
         return tuple(_build(arguments[0], each) for each in data)
+    if origin is not None and isinstance(origin, type) and issubclass(origin, Mapping):
+        return {key: _build(arguments[1], each) for key, each in data.items()}
     if origin in (Union, types.UnionType) and data is not None:
         classes = [each for each in arguments if dataclasses.is_dataclass(each)]
         return _build(classes[0], data) if classes else data

@@ -35,6 +35,7 @@ def test_it_measures_two_processes_and_writes_what_it_prints(tmp_path: Path) -> 
         ("all_reduce", 1024), ("all_reduce", 65_536), ("broadcast", 1024), ("broadcast", 65_536),
     ]  # fmt: skip
     assert set(report.fits) == {"all_reduce", "broadcast"}
+    assert report.fits["broadcast"].predict(65_536) > 0
     page = (tmp_path / "here" / "comm.html").read_text()
     assert "<svg" in page
     assert "all_reduce, fitted" in page
@@ -95,7 +96,7 @@ def test_a_process_that_stops_ends_the_command_with_the_reason(tmp_path: Path) -
         try:
             ranks[1].suspend()
             # The collective's timeout, the grace period of five seconds, and some for a loaded machine.
-            _, said = process.communicate(timeout=40)
+            _, said = process.communicate(timeout=60)
         finally:
             process.kill()
             for rank in ranks:
