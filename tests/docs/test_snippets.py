@@ -25,6 +25,7 @@ SHORTER = {
     "test": "--trainer.limit_test_batches 1",
     "predict": "--trainer.limit_predict_batches 1",
     "compression": "--steps 3",
+    "dissect": "--warmup 1 --clean 2",
 }
 
 
