@@ -131,24 +131,17 @@ def _percent(share: float) -> float:
 
 
 def report_section(report: CommReport) -> Section:
-    """The tables, and the times over the sizes with the fitted lines."""
-    series: dict[str, list[tuple[float, float]]] = {}
-    for op in dict.fromkeys(each.op for each in report.points):
-        own = [each for each in report.points if each.op == op]
-        series[op] = [(each.n_bytes, each.seconds) for each in own]
-        if op in report.fits:
-            series[f"{op}, fitted"] = [(each.n_bytes, report.fits[op].predict(each.n_bytes)) for each in own]
-    chart = line_chart(
-        series,
-        title="Time over size",
-        x_label="message",
-        y_label="time",
-        log_x=True,
-        log_y=True,
-        x_unit="B",
-        y_unit="s",
-    )
-    return Section("Collectives", charts=[chart], tables=report_tables(report))
+    """The tables, and for each collective its times over the sizes with the fitted line."""
+    ops = dict.fromkeys(each.op for each in report.points)
+    return Section("Collectives", charts=[_chart(report, op) for op in ops], tables=report_tables(report))
+
+
+def _chart(report: CommReport, op: str) -> str:
+    own = [each for each in report.points if each.op == op]
+    series = {"measured": [(float(each.n_bytes), each.seconds) for each in own]}
+    if op in report.fits:
+        series["fitted"] = [(float(each.n_bytes), report.fits[op].predict(each.n_bytes)) for each in own]
+    return line_chart(series, title=op, x_label="size", y_label="time", log_x=True, log_y=True, x_unit="B", y_unit="s")
 
 
 def _run(rank: int, options: argparse.Namespace, rendezvous: str, world_size: int) -> None:
