@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.profilers import PyTorchProfiler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -102,6 +103,7 @@ class Dissect(Callback):
             rank_zero_info("Dissect measures nothing in a fast_dev_run.")
             return
         self._require_steps(trainer)
+        self._require_no_other_profile(trainer)
         self._parts = MeasurementParts(
             Part(self.window.warmup),
             Clean(self.window.clean, pl_module, self._count),
@@ -207,9 +209,20 @@ class Dissect(Callback):
             part.leave()
         self._ahead, self._in_step = [], False
 
+    def _require_no_other_profile(self, trainer: pl.Trainer) -> None:
+        if self.window.dissect and isinstance(getattr(trainer, "profiler", None), PyTorchProfiler):
+            raise MisconfigurationException(
+                f"The Trainer's {type(trainer.profiler).__name__} and Dissect both record with torch.profiler, which "  # type: ignore[attr-defined]
+                "keeps one record at a time. Leave out the Trainer's profiler, or give Dissect(dissect=0)."
+            )
+
     def _require_steps(self, trainer: pl.Trainer) -> None:
-        steps = trainer.estimated_stepping_batches - trainer.global_step
-        if math.isfinite(steps) and steps < self.steps_needed:
+        total = trainer.estimated_stepping_batches
+        # A module that optimizes by itself may step several times a batch: its steps are batches.
+        by_itself = not trainer.lightning_module.automatic_optimization
+        steps = total - (trainer.fit_loop.total_batch_idx + 1 if by_itself else trainer.global_step)
+        # Lightning says -1 for data of unknown length.
+        if total >= 0 and math.isfinite(steps) and steps < self.steps_needed:
             raise MisconfigurationException(
                 f"The fit has {steps:.0f} optimizer steps, and Dissect needs {self.steps_needed} ({self._needs()}): it "
                 "could not finish. Train longer (max_steps, max_epochs, limit_train_batches), or ask for fewer."

@@ -30,6 +30,7 @@ from lightning_efficient.dissect.operators import kind_of
 from lightning_efficient.dissect.result import Breakdown, Collective, Operator, Phase, Row
 
 TRAINING_STEP, ENGINE, GRAD_ACCUMULATE = "<training_step>", "<engine>", "<grad-accumulate>"
+ZERO_GRAD = "<zero_grad>"
 COMMUNICATION, UNATTRIBUTED, LOOP, IDLE = "<communication>", "<unattributed>", "<loop>", "<device idle>"
 OPERATORS_KEPT = 40
 
@@ -156,7 +157,12 @@ class _Walk:
         module = self._module(event, parent.module if parent else TRAINING_STEP)
         label = self._label(event, parent.label if parent else None)
         end = min(event.end, parent.end) if parent else event.end
-        if parent is not None and parent.event.name.startswith("Optimizer.") and label and label.phase == "optimizer":
+        if (
+            parent is not None
+            and parent.event.name.startswith("Optimizer.step")
+            and label
+            and label.phase == "optimizer"
+        ):
             parent.label = label  # torch's range knows the class, the one in it which of several it is
         if parent is not None:
             is_node = event.name.startswith(_NODE)
@@ -223,6 +229,8 @@ class _Walk:
         if name.startswith(PHASE):
             phase, _, row = name[len(PHASE) :].partition(":")
             return Label(row, cast(Phase, phase))
+        if name.startswith("Optimizer.zero_grad"):
+            return Label(ZERO_GRAD, "optimizer")  # of whichever optimizer: the event does not say
         if name.startswith("Optimizer."):
             return Label(f"<optimizer {name.partition('#')[2].partition('.')[0]}>", "optimizer")
         if name.startswith("enumerate(DataLoader)"):

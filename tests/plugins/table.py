@@ -3,9 +3,11 @@
 A new technique adds one row, and a reference to `references.py` if its arithmetic is new.
 """
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,7 +15,14 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch.optim import SGD, Adam
 
-from lightning_efficient.callbacks import AttachOptimizer, CompressionMonitor, LoRAFA, OptimizerGuard, PEFTAdapter
+from lightning_efficient.callbacks import (
+    AttachOptimizer,
+    CompressionMonitor,
+    Dissect,
+    LoRAFA,
+    OptimizerGuard,
+    PEFTAdapter,
+)
 from lightning_efficient.compression import ACPSGD, Compressor, HalfPrecision, PowerSGD, SignSGD, TopK
 from lightning_efficient.optimizers import Eva, EvaP
 from lightning_efficient.strategies import CompressedDDPStrategy
@@ -216,6 +225,9 @@ EVA: dict[str, Any] = {"lr": 0.1, "damping": 0.03, "kl_clip": 0.02, "momentum": 
 EVA_S: dict[str, Any] = {"lr": 0.1, "damping": 1e-6, "momentum": 0.9, "weight_decay": 0.01}
 
 
+DISSECT_OUT = str(Path(tempfile.gettempdir()) / "lightning_efficient_dissect")
+"""Every test of the row writes its report there."""
+
 ROWS: dict[str, Row] = {
     "acp_sgd": compressor_row(
         lambda: ACPSGD(rank=2),
@@ -297,6 +309,15 @@ ROWS: dict[str, Row] = {
         strategy="acp_sgd",
         oracle="without it",
         reference=exchanging(references.acp(4)),
+    ),
+    "Dissect": callback_row(
+        Dissect,
+        # As many steps as an epoch has.
+        {"warmup": 0, "clean": 1, "dissect": 1, "memory": 1, "print_report": False, "out": DISSECT_OUT},
+        lambda dissect: dissect.stats.get("dissect/forward_ms", 0.0),
+        strategy="ddp",
+        oracle="without it",
+        reference=exchanging(lambda: references.mean),
     ),
     "AttachOptimizer": callback_row(
         AttachOptimizer,
