@@ -126,11 +126,12 @@ def needs_cuda(case: Case, sweep: Sweep) -> bool:
 
 
 def fingerprint(sweep: Sweep, cases: Sequence[Case]) -> str:
-    """Return a hash of what the cases run: their command lines, the texts of their recipes, and the window."""
+    """Return a hash of what the cases run: command lines, the texts of their recipes, the window, and threads."""
     files = {path: path.read_text(encoding="utf-8") for case in cases for path in case.recipes}
     what = [
         [[case.case_id, [files[path] for path in case.recipes], case.words] for case in cases],
         [getattr(sweep.window, name) for name in ("warmup", "clean", "dissect", "memory")],
+        sweep.limits.threads,
     ]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
 

@@ -86,13 +86,16 @@ def _run(command: list[str], sweep: Sweep, log: Path, tick: Callable[[], None]) 
     n_bytes = int((limits.memory_gib or 0) * _GIB)
     guard = [sys.executable, "-I", "-S", str(Path(__file__).with_name("_guard.py")), str(os.getpid()), str(n_bytes)]
     environment = {key: value for key, value in os.environ.items() if key not in _LAUNCHED}
+    environment["PYTHONUNBUFFERED"] = "1"
+    if limits.threads is not None:
+        environment["OMP_NUM_THREADS"] = str(limits.threads)
     with log.open("wb") as output:
         process = subprocess.Popen(
             [*guard, *command],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**environment, "PYTHONUNBUFFERED": "1"},
+            env=environment,
             start_new_session=True,
         )
     try:

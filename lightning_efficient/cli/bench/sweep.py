@@ -30,11 +30,13 @@ class Limits:
         timeout_s: seconds for one case, start of its process included.
         memory_gib: memory that each process of a case may take on the host; None for all there is.
         max_micro_batch: where ``micro_batch: auto`` stops doubling.
+        threads: of each process on the host; None for what torch and Lightning choose.
     """
 
     timeout_s: float = 600.0
     memory_gib: float | None = None
     max_micro_batch: int = 256
+    threads: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +201,8 @@ def _limits(data: Mapping[str, Any]) -> Limits:
         if not is_number and not (name == "memory_gib" and value is None):
             raise UserError(f"limits.{name} is {value!r}: a limit is a number above 0. Write e.g. {name}: 120.")
     _whole(limits.max_micro_batch, "limits.max_micro_batch", least=1)
+    if limits.threads is not None:
+        _whole(limits.threads, "limits.threads", least=1)
     return limits
 
 

@@ -148,6 +148,7 @@ def test_the_fingerprint_tells_what_runs(workplace: Path) -> None:
     first = hashed()
     assert hashed(limits={"timeout_s": 9}, report={"out": "elsewhere"}) == first
     assert hashed(window={"clean": 9}) != first
+    assert hashed(limits={"threads": 1}) != first
     assert hashed(overrides=["--trainer.precision=bf16-true"]) != first
     Path("mine.yaml").write_text("seed_everything: 2\n")
     assert hashed() != first

@@ -45,6 +45,7 @@ def test_the_shipped_sweeps_can_be_read(name: str) -> None:
         ({"window": {"warm": 2}}, r"window has no key 'warm'\. Did you mean 'warmup'\?"),
         ({"limits": {"timeout_s": 0}}, r"limits\.timeout_s is 0"),
         ({"limits": {"memory_gib": "2"}}, r"limits\.memory_gib is '2'"),
+        ({"limits": {"threads": 0}}, r"limits\.threads is 0"),
         ({"rules": {"needs_cuda": ["FF"]}}, "there is no such technique"),
         ({"rules": {"exclusive": [["L", "none"]]}}, "there is no such technique"),
         ({"report": {"formats": ["pdf"]}}, "known are md, csv, json, html"),
