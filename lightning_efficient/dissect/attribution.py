@@ -30,7 +30,7 @@ from lightning_efficient.dissect.operators import kind_of
 from lightning_efficient.dissect.result import Breakdown, Collective, Operator, Phase, Row
 
 TRAINING_STEP, ENGINE, GRAD_ACCUMULATE = "<training_step>", "<engine>", "<grad-accumulate>"
-ZERO_GRAD = "<zero_grad>"
+ZERO_GRAD, BUCKETS = "<zero_grad>", "<gradient buckets>"
 COMMUNICATION, UNATTRIBUTED, LOOP, IDLE = "<communication>", "<unattributed>", "<loop>", "<device idle>"
 OPERATORS_KEPT = 40
 
@@ -141,8 +141,7 @@ class _Walk:
         """Move what was waited for out of the rows that waited: collectives, and backward on other threads."""
         elsewhere = union(self._elsewhere)
         for start, end, label in self._gaps:
-            # Backward that another thread runs is in rows of its own already.
-            hidden = overlap(start, end, elsewhere) if label.row == ENGINE else 0
+            hidden = overlap(start, end, elsewhere)  # backward that another thread runs has rows of its own
             exposed = min(overlap(start, end, in_flight), end - start - hidden)
             self.times[label] -= hidden + exposed
             if exposed:
@@ -190,8 +189,8 @@ class _Walk:
             totals = self.operators[done.event.name]
             totals[0] += own
             totals[1] += 1
-            if done.event.correlation:
-                self.label_of[done.event.correlation] = done.label
+        if done.event.correlation:
+            self.label_of[done.event.correlation] = done.label
 
     def _gap(self, open_: _Open, until: int) -> None:
         if open_.waits and open_.label is not None and until > open_.cursor:
@@ -229,6 +228,8 @@ class _Walk:
         if name.startswith(PHASE):
             phase, _, row = name[len(PHASE) :].partition(":")
             return Label(row, cast(Phase, phase))
+        if name.startswith("torch.distributed.ddp.reducer::"):
+            return Label(BUCKETS, "backward")  # copies to and from what is sent
         if name.startswith("Optimizer.zero_grad"):
             return Label(ZERO_GRAD, "optimizer")  # of whichever optimizer: the event does not say
         if name.startswith("Optimizer."):
@@ -253,7 +254,8 @@ def _is_in_flight(event: Event) -> bool:
 def _may_wait(event: Event) -> bool:
     """Whether the event's own time may be a wait for a collective: it computes nothing itself."""
     return (
-        event.name.startswith(("le::", "Optimizer.", "c10d::"))
+        event.is_range
+        or event.name.startswith(("le::", "c10d::"))
         or event.name == f"{_NODE}torch::autograd::AccumulateGrad"
     )
 
