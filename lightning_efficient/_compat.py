@@ -217,8 +217,11 @@ def plain_parts(tensor: "Tensor") -> "list[Tensor]":
     """
     if not hasattr(tensor, "__tensor_flatten__"):
         return [tensor]
+    import torch
+
     names, _ = tensor.__tensor_flatten__()
-    return [part for name in names for part in plain_parts(getattr(tensor, name))]
+    inner = [getattr(tensor, name) for name in names]  # a DTensor names its mesh, too
+    return [part for each in inner if isinstance(each, torch.Tensor) for part in plain_parts(each)]
 
 
 def set_data_parallel_size(strategy: "ModelParallelStrategy", size: int) -> None:

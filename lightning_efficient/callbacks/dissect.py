@@ -47,6 +47,7 @@ class Dissect(Callback):
         peak_flops: dense peak of one device in FLOP/s, where the table does not know it or knows it wrongly.
         out: folder of the files; default: where the Trainer's logger writes.
         print_report: whether rank 0 prints the report.
+        stop_after: end the fit when the measurement has ended.
 
     Attributes:
         report: what was measured, on every rank; None until then.
@@ -67,8 +68,10 @@ class Dissect(Callback):
         peak_flops: float | None = None,
         out: str | None = None,
         print_report: bool = True,
+        stop_after: bool = False,
     ) -> None:
         super().__init__()
+        self.stop_after = stop_after
         if clean < 1 or min(warmup, dissect) < 0 or memory not in (0, 1):
             raise ValueError(
                 f"Dissect cannot measure with warmup={warmup}, clean={clean}, dissect={dissect}, memory={memory}: "
@@ -203,6 +206,8 @@ class Dissect(Callback):
             if self.print_report:
                 rank_zero_info(render_text(report))
             write_report(report, Path(folder))
+        if self.stop_after:
+            trainer.should_stop = True
 
     def _stop(self) -> None:
         for part in self._ahead:

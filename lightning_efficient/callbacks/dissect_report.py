@@ -168,12 +168,26 @@ def _flops(
     if not counted:
         return Flops(note=why_not)
     model, hardware = sum(each[0] for each in counted), sum(each[1] for each in counted)
-    dtype = _DTYPES.get(str(trainer.precision).split("-")[0], torch.float32)
-    peak = given if given is not None else known_peak(machine.device, dtype)
+    dtype = _compute_dtype(trainer)
+    known = None if dtype is None else known_peak(machine.device, dtype, tf32=_uses_tf32())
+    peak = given if given is not None else known
     if peak is None:
-        return Flops(model, hardware, note=f"no peak is known for {machine.device} in {dtype}: give peak_flops for MFU")
+        what = f"{machine.device} in {dtype or f'precision {trainer.precision}'}"
+        return Flops(model, hardware, note=f"no peak is known for {what}: give peak_flops for MFU")
     possible = throughput.step_s.mean * peak * trainer.world_size
     return Flops(model, hardware, peak, mfu=model / possible, hfu=hardware / possible)
+
+
+def _compute_dtype(trainer: pl.Trainer) -> torch.dtype | None:
+    """The type in which the precision plugin computes; None where it does not say."""
+    dtype = getattr(trainer.precision_plugin, "dtype", None)  # bitsandbytes calls itself 32-true
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    return _DTYPES.get(str(trainer.precision).split("-")[0])
+
+
+def _uses_tf32() -> bool:
+    return torch.get_float32_matmul_precision() != "highest"
 
 
 def _why_uncounted(counted: Counted) -> str:

@@ -92,9 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--warmup", type=int, default=default.warmup, metavar="N", help="steps before (default: 5)")
     parser.add_argument("--clean", type=int, default=default.clean, metavar="N", help="steps to time (default: 20)")
     parser.add_argument("--dissect", type=int, default=default.dissect, metavar="N", help="to profile (default: 2)")
-    parser.add_argument(
-        "--memory", type=int, default=default.memory, metavar="N", help="to count, 0 or 1 (default: 1)"
-    )
+    parser.add_argument("--memory", type=int, default=default.memory, metavar="N", help="to count, 0 or 1 (default: 1)")
     parser.add_argument("--peak-flops", type=float, metavar="F", help="dense peak of a device in FLOP/s, for MFU")
     parser.add_argument("--out", metavar="DIR", default="dissect", help="folder of the report (default: dissect)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the report to this file")
@@ -111,6 +109,7 @@ def _callback(options: argparse.Namespace) -> Dissect:
         peak_flops=options.peak_flops,
         out=options.out,
         print_report=not options.quiet,
+        stop_after=True,
     )
 
 
@@ -138,7 +137,7 @@ class _DissectCLI(EfficientCLI):
             limit_val_batches=0,
             num_sanity_val_steps=0,
             max_epochs=-1,
-            max_steps=self.callback.steps_needed,
+            max_steps=-1,  # the callback ends the run
             max_time=None,
             min_epochs=None,
             min_steps=None,

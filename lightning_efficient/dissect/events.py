@@ -24,6 +24,15 @@ _ITEMSIZE = {
 }  # fmt: skip
 
 
+_RESULT_FIRST = (
+    "c10d::_allgather_base_",
+    "c10d::_reduce_scatter_base_",
+    "c10d::alltoall_base_",
+    "c10d::reduce_scatter_",
+)
+"""Calls whose first tensor is what comes out."""
+
+
 @dataclass(frozen=True, slots=True)
 class Event:
     """One record of the profiler; times in nanoseconds.
@@ -37,8 +46,9 @@ class Event:
         sequence: number of the autograd node that the operator was about to make, or that the node has; -1 for none.
         is_async: it began on one thread and ended on another, as a collective does.
         on_device: a kernel or copy of a GPU.
+        is_range: named by the user or a library, such as ``Optimizer.step#SGD.step``; it computes nothing itself.
         correlation: links a kernel (here: the operator's number) to its operator (its own number); 0 for neither.
-        n_bytes: of the first input, for collectives; else 0.
+        n_bytes: of what is handed in, for collectives; else 0.
     """
 
     name: str
@@ -49,6 +59,7 @@ class Event:
     sequence: int = -1
     is_async: bool = False
     on_device: bool = False
+    is_range: bool = False
     correlation: int = 0
     n_bytes: int = 0
 
@@ -91,8 +102,9 @@ def _event(record: Any) -> Event:
         sequence=record.sequence_nr(),
         is_async=record.is_async(),
         on_device=on_device,
+        is_range=record.is_user_annotation(),
         correlation=_correlation(record, on_device=on_device),
-        n_bytes=_first_bytes(record.structured_input_shapes(), record.dtypes()) if sized else 0,
+        n_bytes=_bytes_handed_in(name, record.structured_input_shapes(), record.dtypes()) if sized else 0,
     )
 
 
@@ -102,11 +114,12 @@ def _correlation(record: Any, *, on_device: bool) -> int:
     return linked if on_device else 0 if linked else int(record.correlation_id())
 
 
-def _first_bytes(shapes: Iterable[Any], dtypes: Iterable[str]) -> int:
-    """Bytes of the first tensor, or of the first list of tensors, among the inputs."""
+def _bytes_handed_in(name: str, shapes: Iterable[Any], dtypes: Iterable[str]) -> int:
+    """Bytes of the first tensor, or of the first list of tensors, that is no result."""
+    sizes = []
     for shape, dtype in zip(shapes, dtypes, strict=False):
         if shape and isinstance(shape[0], (list, tuple)):
-            return sum(int(math.prod(each)) for each in shape) * _ITEMSIZE.get(dtype, 4)
-        if shape and dtype in _ITEMSIZE:
-            return int(math.prod(shape)) * _ITEMSIZE[dtype]
-    return 0
+            sizes.append(sum(int(math.prod(each)) for each in shape) * _ITEMSIZE.get(dtype, 4))
+        elif shape and dtype in _ITEMSIZE:
+            sizes.append(int(math.prod(shape)) * _ITEMSIZE[dtype])
+    return next(iter(sizes[name in _RESULT_FIRST :]), 0)

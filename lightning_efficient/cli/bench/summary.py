@@ -70,6 +70,9 @@ class Setting:
         return found
 
 
+_GATHERS = ("FullyShardedStrategy", "ModelParallelStrategy", "FSDPStrategy")
+
+
 def settings(results: Sequence[CaseResult]) -> list[Setting]:
     """Return the results by setting, in their order."""
     groups: dict[tuple[tuple[str, str | int], ...], list[CaseResult]] = {}
@@ -105,8 +108,8 @@ def memory(result: CaseResult) -> tuple[int, str] | None:
     parts = result.report.memory
     if result.report.machine.accelerator == "cuda":
         return None if parts.peak_bytes is None else (parts.peak_bytes, "peak memory")
-    if parts.saved_bytes is None:
-        return None
+    if parts.saved_bytes is None or result.report.machine.strategy in _GATHERS:
+        return None  # what a sharded model gathers for a while is in none of these
     held = parts.parameter_bytes + parts.gradient_bytes + parts.optimizer_bytes + parts.saved_bytes
     return held, "training state"
 
