@@ -23,6 +23,7 @@ _KINDS: tuple[tuple[str, str], ...] = (
      r"|le$|ge$|bitwise|dropout|bernoulli|random|normal|uniform|triton|elementwise|vectorized|addc|lerp|abs|sign|erf"
      r"|square|reciprocal|tril|triu|arange|ones|zeros|full|rand|not", "elementwise"),
 )  # fmt: skip
+_NODE = re.compile(r"^autograd::|\wBackward\d*$|AccumulateGrad$")
 _COMPILED = tuple((re.compile(pattern), kind) for pattern, kind in _KINDS)
 
 
@@ -34,6 +35,8 @@ def kind_of(operator: str) -> str:
     Args:
         operator: name of an operator or kernel, such as ``aten::addmm``.
     """  # noqa: D205 (the list is the summary)
+    if _NODE.search(operator):
+        return "autograd"  # its own time, that is: what it calls are operators of their own
     name = operator.lower()
     if name.startswith("aten::"):
         name = re.sub(r"_backward(_data)?$", "", name)
