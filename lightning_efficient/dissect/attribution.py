@@ -127,7 +127,7 @@ class _Walk:
     label_of: dict[int, Label] = field(default_factory=dict)
     _module_of: dict[tuple[int, int], str] = field(default_factory=dict)
     _stacks: dict[int, list[_Open]] = field(default_factory=lambda: defaultdict(list))
-    _gaps: list[tuple[int, int, Label]] = field(default_factory=list)
+    _gaps: list[tuple[int, int, Label, int]] = field(default_factory=list)
     _elsewhere: list[Interval] = field(default_factory=list)
 
     def run(self, events: Sequence[Event]) -> None:
@@ -140,8 +140,9 @@ class _Walk:
     def expose(self, in_flight: list[Interval]) -> None:
         """Move what was waited for out of the rows that waited: collectives, and backward on other threads."""
         elsewhere = union(self._elsewhere)
-        for start, end, label in self._gaps:
-            hidden = overlap(start, end, elsewhere)  # backward that another thread runs has rows of its own
+        for start, end, label, thread in self._gaps:
+            # Backward that another thread runs has rows of its own.
+            hidden = overlap(start, end, elsewhere) if thread == self.main_thread else 0
             exposed = min(overlap(start, end, in_flight), end - start - hidden)
             self.times[label] -= hidden + exposed
             if exposed:
@@ -194,7 +195,7 @@ class _Walk:
 
     def _gap(self, open_: _Open, until: int) -> None:
         if open_.waits and open_.label is not None and until > open_.cursor:
-            self._gaps.append((open_.cursor, until, open_.label))
+            self._gaps.append((open_.cursor, until, open_.label, open_.event.thread))
 
     def _module(self, event: Event, around: str) -> str:
         """The module whose nodes an event makes, or else the training step."""
