@@ -89,6 +89,7 @@ def _run(command: list[str], sweep: Sweep, log: Path, tick: Callable[[], None]) 
     environment["PYTHONUNBUFFERED"] = "1"
     if limits.threads is not None:
         environment["OMP_NUM_THREADS"] = str(limits.threads)
+    killed_before = _killed_for_memory()
     with log.open("wb") as output:
         process = subprocess.Popen(
             [*guard, *command],
@@ -109,7 +110,7 @@ def _run(command: list[str], sweep: Sweep, log: Path, tick: Callable[[], None]) 
         process.wait()
     if not in_time:
         return "timeout", f"It had not ended after {limits.timeout_s:g} s (limits.timeout_s)."
-    return _verdict(process.returncode, log, limits.memory_gib)
+    return _verdict(process.returncode, log, limits.memory_gib, killed_for_memory=_killed_for_memory() > killed_before)
 
 
 def _wait(process: subprocess.Popen[bytes], seconds: float, tick: Callable[[], None]) -> bool:
@@ -128,7 +129,16 @@ def _signal(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
         os.killpg(process.pid, number)
 
 
-def _verdict(code: int, log: Path, memory_gib: float | None) -> tuple[Status, str]:
+def _killed_for_memory() -> int:
+    """How many processes of this machine the kernel has killed because memory ended; 0 where it does not say."""
+    try:
+        counters = Path("/proc/vmstat").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in counters if line.startswith("oom_kill ")), 0)
+
+
+def _verdict(code: int, log: Path, memory_gib: float | None, *, killed_for_memory: bool = False) -> tuple[Status, str]:
     if code == 0:
         return "ok", ""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -138,6 +148,8 @@ def _verdict(code: int, log: Path, memory_gib: float | None) -> tuple[Status, st
         return "oom", f"Out of memory{limit}: {_one_sentence(_RANK.sub('', out_of))}"
     if code in (-signal.SIGKILL, 128 + signal.SIGKILL):
         return "oom", f"Killed by signal 9, as the kernel does when memory ends{limit}."
+    if killed_for_memory:  # another rank than the first: its death is a broken connection to the others
+        return "oom", f"The kernel killed a process while it ran, because memory ended{limit}."
     if code < 0:
         return (
             "failed",

@@ -207,11 +207,20 @@ def _verdicts(setting: Setting) -> list[str]:
         return [f"Fastest: {fastest}, {_speed(best[fastest])}; 'none' did not run, so nothing is compared with it."]
     return [
         _fastest(best, base, setting.drift or 0.0),
+        *_failed(setting),
         *_unrest(setting),
         *_least_memory(best, base),
         *_dominates(base),
         *_batches(setting),
     ]
+
+
+def _failed(setting: Setting) -> list[str]:
+    names = {
+        str(each.axes["technique"]) for each in setting.results if each.status in ("failed", "timeout", "diverged")
+    }
+    lost = sorted(names - setting.best.keys())
+    return [f"Not measured, as every case of it ended badly: {', '.join(lost)}."] if lost else []
 
 
 def _fastest(best: Mapping[str, CaseResult], base: CaseResult, drift: float) -> str:

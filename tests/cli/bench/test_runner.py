@@ -31,6 +31,15 @@ def test_how_a_case_ended(tmp_path: Path, code: int, log: str, status: str, reas
     assert "\n" not in why
 
 
+def test_a_rank_that_the_kernel_killed_ended_for_memory(tmp_path: Path) -> None:
+    path = tmp_path / "log.txt"
+    path.write_text("RuntimeError: [rank0] Connection closed by peer")
+    assert _verdict(1, path, None)[0] == "failed"
+    found, why = _verdict(1, path, None, killed_for_memory=True)
+    assert found == "oom"
+    assert "The kernel killed a process" in why
+
+
 def test_the_last_error_of_a_log_is_without_its_rank() -> None:
     log = [
         "[rank0]: ValueError: first",
