@@ -1,0 +1,90 @@
+"""`lightning-efficient dissect`, run as a user runs it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lightning_efficient.cli.main import main
+from lightning_efficient.dissect import DissectReport, Window, read_json
+
+SHRUNK = [
+    *("--model.num_layers", "1", "--model.hidden_size", "32", "--model.num_heads", "2", "--model.ffn_size", "64"),
+    *("--data.block_size", "16", "--data.batch_size", "4", "--warmup", "1", "--clean", "3", "--dissect", "1"),
+]
+
+
+def command(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "lightning_efficient", "dissect", *words],
+        capture_output=True, text=True, timeout=150, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.distributed
+def test_a_recipe_on_two_processes(workplace: Path) -> None:
+    words = ["--trainer.devices", "2", "--trainer.accelerator", "cpu", "--json", "other/it.json", "--out", "report"]
+    ended = command("-c", "llama/pretrain", *SHRUNK, *words)
+
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    report = read_json(DissectReport, workplace / "report" / "dissect.json")
+    assert read_json(DissectReport, workplace / "other" / "it.json") == report
+    assert "<html" in (workplace / "report" / "dissect.html").read_text()
+    assert report.window == Window(1, 3, 1, 1)
+    assert report.machine.world_size == 2
+    assert report.machine.strategy == "DDPStrategy"
+    assert len(report.ranks) == 2
+    assert report.flops.model_per_step
+    assert report.throughput.tokens_per_s
+    assert report.host is not None
+    names = {row.name for row in report.host.rows}
+    assert {"model.model.layers.0.self_attn.q_proj", "model.lm_head", "<optimizer AdamW>"} <= names
+    assert "all_reduce" in {each.op for each in report.collectives}
+    # One rank prints, and nothing but the report is left behind.
+    printed = ended.stdout + ended.stderr
+    assert printed.count("over 3 clean steps") == 1
+    assert {each.name for each in workplace.iterdir()} == {"report", "other"}
+
+
+def test_the_report_may_be_kept_off_the_screen(workplace: Path) -> None:
+    ended = command("-c", "llama/pretrain", *SHRUNK, "--trainer.accelerator", "cpu", "--quiet", "--memory", "0")
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert "clean steps" not in ended.stdout + ended.stderr
+    report = read_json(DissectReport, workplace / "dissect" / "dissect.json")
+    assert report.flops.model_per_step is None
+    assert "memory=0" in report.flops.note
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--clean", "3"], "no recipe given: a model and its data are needed"),
+        (["-c", "llama/pretrain", "--clean", "0"], "clean=0"),
+        (["-c", "llama/pretrain", "--memory", "3"], "memory 0 or 1"),
+        (["-c", "llama/pretrain", "--warmup", "many"], "many"),
+        (["-c", "llama/pretrain", "--peak-flops", "-1"], "peak_flops is -1.0"),
+        (["-c", "llama/pretrian"], "llama/pretrain"),
+        (["-c", "llama/pretrain", "--nonsense", "1"], "nonsense"),
+    ],
+)
+def test_wrong_words_end_with_a_sentence_and_code_2(
+    words: list[str], says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["lightning-efficient", "dissect", *words])
+    with pytest.raises(SystemExit) as ended:
+        sys.exit(main())
+    assert ended.value.code == 2
+    printed = capsys.readouterr()
+    assert says in printed.err
+    assert "Traceback" not in printed.err
+
+
+def test_help_names_every_option(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["lightning-efficient", "dissect", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        sys.exit(main())
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    for option in ("--warmup", "--clean", "--dissect", "--memory", "--peak-flops", "--out", "--json", "--quiet"):
+        assert option in text
