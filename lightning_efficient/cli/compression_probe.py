@@ -8,18 +8,14 @@ from typing import Any
 
 import lightning.pytorch as pl
 from jsonargparse import Namespace
-from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping, ProgressBar
-from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies import DDPStrategy
 from typing_extensions import override
 
 from lightning_efficient.callbacks import CompressionMonitor
 from lightning_efficient.callbacks.link_probe import CompressionProbe, ProbeResult
-from lightning_efficient.cli.efficient_cli import EfficientCLI
+from lightning_efficient.cli.short_run import ShortRunCLI
 from lightning_efficient.compression import COMPRESSORS
 
-# These save, end training early, or need a compressor. All others stay: they may change the model.
-_LEFT_OUT = (Checkpoint, EarlyStopping, ProgressBar, CompressionMonitor)
 # Arguments of CompressedDDPStrategy that plain DDP lacks, and the one that the answer is about.
 _OF_THE_COMPRESSOR = ("compressor", "replica_check_every_n_steps", "save_error", "bucket_cap_mb")
 
@@ -49,36 +45,20 @@ def probe_recipe(recipe_args: Sequence[str], *, steps: int, single_process: bool
     )
 
 
-class _ProbeCLI(EfficientCLI):
-    """`fit` with a probe: parses, overrides and launches as the user's own run does."""
+class _ProbeCLI(ShortRunCLI):
+    """`fit` with a probe, on plain DDP or on one device."""
 
     def __init__(self, recipe_args: Sequence[str], *, steps: int, single_process: bool) -> None:
         self.probe = CompressionProbe(steps=steps, needs_link=not single_process)
         self._single_process = single_process
-        super().__init__(["fit", *recipe_args], save_config_callback=None)
+        super().__init__(recipe_args, self.probe, left_out=(CompressionMonitor,))  # it needs a compressor
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        init = self.config_init["fit"]["trainer"]
-        given = init.get("callbacks") or []
-        callbacks: list[Callback] = given if isinstance(given, list) else [given]
-        init["callbacks"] = [*(c for c in callbacks if not isinstance(c, _LEFT_OUT)), self.probe]
         return super().instantiate_trainer(
             **kwargs,
             **self._parallelism(),
-            logger=DummyLogger(),  # callbacks that insist on a logger keep working
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
             accumulate_grad_batches=1,  # one micro-batch is timed; `probe_recipe` counts the others
-            fast_dev_run=False,
-            limit_val_batches=0,
-            num_sanity_val_steps=0,
-            max_epochs=-1,  # the probe ends the run
-            max_steps=-1,
-            max_time=None,
-            min_epochs=None,
-            min_steps=None,
             log_every_n_steps=0,
         )
 

@@ -6,20 +6,12 @@ import argparse
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping, ProgressBar
-from lightning.pytorch.loggers.logger import DummyLogger
-from typing_extensions import override
 
 from lightning_efficient.callbacks import Dissect
-from lightning_efficient.cli.efficient_cli import EfficientCLI
 from lightning_efficient.cli.errors import CommandParser, UserError
+from lightning_efficient.cli.short_run import ShortRunCLI
 from lightning_efficient.dissect import DissectReport, Window, write_json
 
-# These save, or end training early. All others stay: they may change the model.
-_LEFT_OUT = (Checkpoint, EarlyStopping, ProgressBar, Dissect)
 _DESCRIPTION = """\
 Trains a recipe for a few steps and prints where their time and memory went: throughput and peak memory from clean
 steps, then a table of modules from profiled ones. Nothing is saved but the report.
@@ -68,7 +60,7 @@ def dissect_recipe(recipe_args: Sequence[str], callback: Dissect, *, json: Path 
     Raises:
         UserError: The fit ended before the measurement did.
     """
-    cli = _DissectCLI(recipe_args, callback)
+    cli = ShortRunCLI(recipe_args, callback, left_out=(Dissect,))
     if callback.report is None:
         raise UserError(
             "the fit ended before the measurement: validation or epochs of few batches interrupt steps. Ask for fewer "
@@ -111,34 +103,3 @@ def _callback(options: argparse.Namespace) -> Dissect:
         print_report=not options.quiet,
         stop_after=True,
     )
-
-
-class _DissectCLI(EfficientCLI):
-    """`fit` with a `Dissect`: parses, overrides and launches as the user's own run does."""
-
-    def __init__(self, recipe_args: Sequence[str], callback: Dissect) -> None:
-        self.callback = callback
-        super().__init__(["fit", *recipe_args], save_config_callback=None)
-
-    @override
-    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        init = self.config_init["fit"]["trainer"]
-        given = init.get("callbacks") or []
-        callbacks: list[Callback] = given if isinstance(given, list) else [given]
-        # Last, so that its steps begin when those of the others have.
-        init["callbacks"] = [*(each for each in callbacks if not isinstance(each, _LEFT_OUT)), self.callback]
-        return super().instantiate_trainer(
-            **kwargs,
-            logger=DummyLogger(),  # callbacks that insist on a logger keep working
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            fast_dev_run=False,
-            limit_val_batches=0,
-            num_sanity_val_steps=0,
-            max_epochs=-1,
-            max_steps=-1,  # the callback ends the run
-            max_time=None,
-            min_epochs=None,
-            min_steps=None,
-        )
