@@ -45,7 +45,8 @@ class Toy(pl.LightningModule):
         x = batch.to(self.dtype)
         for each in (self.first, self.second):
             x = checkpoint(each, x, use_reentrant=False) if self.checkpointed else each(x)
-        return x.float().square().mean()
+        loss: Tensor = x.float().square().mean()
+        return loss
 
     @override
     def configure_optimizers(self) -> Any:
@@ -68,7 +69,7 @@ class Rivals(pl.LightningModule):
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> None:
-        for number, optimizer in enumerate(self.optimizers()):  # type: ignore[arg-type,var-annotated]
+        for number, optimizer in enumerate(self.optimizers()):  # type: ignore[arg-type]
             optimizer.zero_grad()
             self.manual_backward(self.judge(self.maker(batch)).mean() * (-1) ** number)
             optimizer.step()

@@ -77,7 +77,7 @@ def dissected(rank: int, world_size: int, folder: str, rest_s: float = 0.0, **kw
     torch.manual_seed(rank)
     count = STEPS * int(kwargs.get("accumulate_grad_batches", 1))
     with logged_lines() as lines:
-        trainer.fit(module, DataLoader(torch.randn(4 * count, SIZE), batch_size=4))  # type: ignore[arg-type,var-annotated]
+        trainer.fit(module, DataLoader(torch.randn(4 * count, SIZE), batch_size=4))  # type: ignore[arg-type]
     assert callback.report is not None
     hooks = sum(len(each._forward_hooks) for each in module.modules())
     return Fit(callback.report, module.buckets, lines, hooks)

@@ -23,8 +23,8 @@ class Case:
     loss: Callable[[nn.Module], Tensor]
 
 
-def llama() -> Case:
-    ids = torch.randint(0, VOCAB, (4, 257))
+def llama(rows: int = 4) -> Case:
+    ids = torch.randint(0, VOCAB, (rows, 257))
     shape = LlamaConfig(vocab_size=VOCAB, hidden_size=256, ffn_size=688, num_layers=4, num_heads=4, max_seq_len=256)
     return Case(Llama(shape), lambda net: F.cross_entropy(net(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()))
 
@@ -38,7 +38,7 @@ def llama_with_only_q_proj_trained() -> Case:
 
 def resnet() -> Case:
     """Its ReLUs work in place."""
-    x, y = torch.rand(32, 3, 32, 32), torch.randint(0, CLASSES, (32,))
+    x, y = torch.rand(64, 3, 32, 32), torch.randint(0, CLASSES, (64,))
     model = ResNetClassifier(in_channels=3, width=16, blocks=(2, 2, 2))
     return Case(model, lambda net: F.cross_entropy(net(x), y))
 
