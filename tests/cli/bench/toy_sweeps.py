@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -33,12 +34,19 @@ def write_sweep(folder: Path, matrix: dict[str, Any], **more: Any) -> Path:
     return path
 
 
+def _hear_ctrl_c() -> None:
+    # What is started in the background by a shell ignores it, and so do its children.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def bench(folder: Path, *words: str, start: bool = False) -> Any:
     """Run `bench` in a folder to its end, or start it."""
     command = [sys.executable, "-m", "lightning_efficient", "bench", *words]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     if start:
-        return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL)
+        return subprocess.Popen(
+            command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, preexec_fn=_hear_ctrl_c
+        )
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=150)
 
 
