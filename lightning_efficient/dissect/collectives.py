@@ -37,7 +37,7 @@ class CollectivePoint:
     """The time of a collective of one size.
 
     Attributes:
-        op: one of :data:`OPS`.
+        op: one of ``OPS``.
         n_bytes: of the whole message.
         seconds: the median of the repeats on the slowest rank.
         world_size: number of ranks n.
@@ -122,7 +122,7 @@ def sweep(
 
     Args:
         group: the process group; the default one if None.
-        ops: of :data:`OPS`.
+        ops: of ``OPS``.
         sizes: bytes of the messages, rounded up to a whole element for every rank.
         repeats: timed runs per size, after an untimed one.
         budget_s: seconds for the whole sweep, roughly, shared out evenly; larger sizes are left out where the time of
