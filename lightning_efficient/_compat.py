@@ -234,3 +234,17 @@ def is_fake(tensor: "Tensor") -> bool:
     from torch._subclasses import FakeTensor
 
     return isinstance(tensor, FakeTensor)
+
+
+def fake_tensor_errors() -> "tuple[type[Exception], ...]":
+    """What a step raises under `FakeTensorMode` when it looks at the value of a tensor that has none."""
+    from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+
+    return DataDependentOutputException, DynamicOutputShapeException
+
+
+def is_composed_operator(func: Any) -> bool:
+    """Whether a dispatch mode was handed an operator that torch can take apart."""
+    import torch
+
+    return isinstance(func, torch._ops.OpOverload) and func.namespace != "prim"

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import pytest
 import torch
 from torch import nn
 
@@ -91,3 +92,14 @@ def test_a_context_is_entered_around_calls_of_a_module_compiled_in_place() -> No
     undo()
     module(torch.ones(1, 2))
     assert entered == [1]
+
+
+def test_a_step_without_values_raises_what_is_named() -> None:
+    with _compat.FakeTensorMode(), pytest.raises(_compat.fake_tensor_errors()):
+        torch.ones(2).sum().item()
+
+
+def test_operators_of_torch_can_be_taken_apart() -> None:
+    assert _compat.is_composed_operator(torch.ops.aten.linear.default)
+    assert not _compat.is_composed_operator(torch.ops.prim.device.default)
+    assert not _compat.is_composed_operator(len)

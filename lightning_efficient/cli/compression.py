@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_efficient.cli.errors import CommandParser, UserError
+from lightning_efficient.cli.recipes import require_recipe
 
 if TYPE_CHECKING:
     from lightning_efficient.callbacks.link_probe import ProbeResult
@@ -45,11 +46,7 @@ def main(argv: Sequence[str]) -> int:
     """
     options, recipe_args = _parser().parse_known_args(list(argv))
     link = _what_if_link(options)
-    if not any(re.fullmatch(r"-c.*|--config(=.*)?", word) for word in recipe_args):
-        raise UserError(
-            "no recipe given: the model and its data decide how long backward takes. Name one with -c, e.g. "
-            "-c quickstart; 'lightning-efficient recipes list' shows them."
-        )
+    require_recipe(recipe_args, "the model and its data decide how long backward takes")
     from lightning_efficient.cli.compression_probe import probe_recipe
 
     probe = probe_recipe(recipe_args, steps=options.steps, single_process=link is not None)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from lightning_efficient.callbacks import Dissect
 from lightning_efficient.cli.errors import CommandParser, UserError
+from lightning_efficient.cli.recipes import require_recipe
 from lightning_efficient.cli.short_run import ShortRunCLI
 from lightning_efficient.dissect import DissectReport, Window, write_json
 
@@ -37,11 +37,7 @@ def main(argv: Sequence[str]) -> int:
         UserError: If there is no recipe, or a number of steps is wrong.
     """
     options, recipe_args = _parser().parse_known_args(list(argv))
-    if not any(re.fullmatch(r"-c.*|--config(=.*)?", word) for word in recipe_args):
-        raise UserError(
-            "no recipe given: a model and its data are needed to measure them. Name one with -c, e.g. -c quickstart; "
-            "'lightning-efficient recipes list' shows them."
-        )
+    require_recipe(recipe_args, "a model and its data are needed to measure them")
     dissect_recipe(recipe_args, _callback(options), json=options.json)
     return 0
 
@@ -63,8 +59,8 @@ def dissect_recipe(recipe_args: Sequence[str], callback: Dissect, *, json: Path 
     cli = ShortRunCLI(recipe_args, callback, left_out=(Dissect,))
     if callback.report is None:
         raise UserError(
-            "the fit ended before the measurement: validation or epochs of few batches interrupt steps. Ask for fewer "
-            "steps (--clean), or give the recipe more data."
+            "the fit ended before the measurement: something in the recipe stopped it, such as a callback that sets "
+            "should_stop. Leave it out, or ask for fewer steps (--warmup, --clean)."
         )
     if json is not None and cli.trainer.is_global_zero:
         write_json(callback.report, json)

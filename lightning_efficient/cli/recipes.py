@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -91,6 +92,23 @@ def find_recipe(name: str) -> Path:
         f"There is no recipe '{name}': looked in {searched}, with and without .yaml.{hint} "
         "'lightning-efficient recipes list' shows the shipped ones."
     )
+
+
+def require_recipe(words: Sequence[str], why: str) -> None:
+    """Check that the words of a command line name a recipe.
+
+    Args:
+        words: what the command was given.
+        why: what the recipe is needed for, to be read after a colon.
+
+    Raises:
+        UserError: There is neither `-c` nor `--config`.
+    """
+    if not any(re.fullmatch(r"-c.*|--config(=.*)?", word) for word in words):
+        raise UserError(
+            f"no recipe given: {why}. Name one with -c, e.g. -c quickstart; 'lightning-efficient recipes list' shows "
+            "them."
+        )
 
 
 def main(argv: Sequence[str]) -> int:

@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from torch.autograd import DeviceType  # type: ignore[attr-defined]  # absent from __all__
+
 from lightning_efficient._compat import profiler_records
 
 STEP = "le::step"
@@ -87,7 +89,7 @@ def is_collective_backend(name: str) -> bool:
 
 
 def _is_on_host(record: Any) -> bool:
-    return "CPU" in str(record.device_type())
+    return bool(record.device_type() == DeviceType.CPU)
 
 
 def _event(record: Any) -> Event:

@@ -18,6 +18,7 @@ from lightning_efficient._compat import (
     TorchDispatchMode,
     compiles,
     graph_task_id,
+    is_composed_operator,
     next_sequence_number,
     running_sequence_number,
 )
@@ -199,7 +200,7 @@ class _Mode(TorchDispatchMode):
             result = func(*args, **options)
             self._count._add(*flops_of(operator, args, options, result))
             return result
-        if torch.is_inference_mode_enabled() and isinstance(func, torch._ops.OpOverload) and func.namespace != "prim":
+        if torch.is_inference_mode_enabled() and is_composed_operator(func):
             # Only there composed operators arrive whole. Elsewhere some with a kernel of their own would be taken
             # apart, too, and round differently: backward of SiLU is one.
             with self:

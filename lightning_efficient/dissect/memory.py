@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_efficient._compat import plain_parts, storage_address
+from lightning_efficient.dissect.tensors import tensors_in
 
 _CLEAR = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
@@ -97,7 +97,7 @@ def state_bytes(module: nn.Module, optimizers: Iterable[Optimizer] = ()) -> Stat
     seen: set[int] = set()
     parameters = _count([*module.parameters(), *module.buffers()], seen)
     gradients = _count([each.grad for each in module.parameters() if each.grad is not None], seen)
-    states = [list(_tensors(optimizer.state)) for optimizer in optimizers]
+    states = [list(tensors_in(optimizer.state)) for optimizer in optimizers]
     return StateBytes(parameters, gradients, _count([tensor for state in states for tensor in state], seen))
 
 
@@ -115,17 +115,6 @@ def _scales(tensor: Tensor) -> Iterator[Tensor]:
     """What bitsandbytes keeps beside a quantised weight, as attributes of the parameter."""
     for value in (getattr(tensor, "quant_state", None), getattr(tensor, "CB", None), getattr(tensor, "SCB", None)):
         while value is not None and not isinstance(value, Tensor):
-            yield from _tensors(vars(value))
+            yield from tensors_in(vars(value))
             value = getattr(value, "state2", None)  # its scales may be quantised in turn
-        yield from _tensors(value)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for each in value.values():
-            yield from _tensors(each)
-    elif isinstance(value, (list, tuple)):
-        for each in value:
-            yield from _tensors(each)
+        yield from tensors_in(value)

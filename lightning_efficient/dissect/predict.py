@@ -10,12 +10,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
-from lightning_efficient._compat import FakeTensorMode, TorchDispatchMode, storage_address
+from lightning_efficient._compat import FakeTensorMode, TorchDispatchMode, fake_tensor_errors, storage_address
 from lightning_efficient._saved_bytes import saved_bytes
 from lightning_efficient.dissect.memory import state_bytes
+from lightning_efficient.dissect.tensors import tensors_in
 
 BatchT = TypeVar("BatchT")
 
@@ -70,9 +70,8 @@ class LiveBytes(TorchDispatchMode):
     @override
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        for each in tree_leaves(result):
-            if isinstance(each, Tensor):
-                self._follow(each)
+        for each in tensors_in(result):
+            self._follow(each)
         return result
 
     def _follow(self, tensor: Tensor) -> None:
@@ -123,8 +122,6 @@ def predict_memory(
     Raises:
         ValueError: there is no such device, no parameter trains, or the step looks at values, which there are none of.
     """
-    from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
-
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             "There is no GPU here, so torch cannot say which operators would run on one. Predict with device='cpu', "
@@ -137,7 +134,7 @@ def predict_memory(
         with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device), LiveBytes(block) as live:
             _give_device(module)
             return _two_steps(live, module, make_batch(), run, optimizer)
-    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+    except fake_tensor_errors() as error:
         raise ValueError(
             f"The step looks at the values of a tensor ({error}), and a prediction has shapes alone. Leave that part "
             "out of run, or measure with Dissect instead."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_efficient.dissect.result import Quantiles, Throughput
+from lightning_efficient.dissect.tensors import tensors_in
 
 P99_FROM = 100
 """A 99th percentile of fewer values would be a guess."""
@@ -163,30 +164,19 @@ def count_batch(batch: Any) -> Counts:
     integers with two dimensions or more. Padded tokens are those entries; samples the rows of the first tensor.
 
     Args:
-        batch: a tensor, or dicts, lists and tuples of tensors.
+        batch: a tensor, or mappings, lists and tuples of tensors.
     """
-    tensors = list(_tensors(batch))
+    tensors = list(tensors_in(batch))
     if not tensors:
         return Counts()
     ids = next((each for each in tensors if _is_integer(each) and each.ndim >= 2), None)
     padded = ids.numel() if ids is not None else 0
-    labels = batch.get("labels") if isinstance(batch, dict) else None
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
     scored: int | Tensor = padded
     if padded and isinstance(labels, Tensor) and _is_integer(labels) and labels.ndim >= 2:
         scored = (labels != -100).sum()
     samples = len(tensors[0]) if tensors[0].ndim else 1
     return Counts(tokens=scored, padded_tokens=padded, samples=samples)
-
-
-def _tensors(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for each in value.values():
-            yield from _tensors(each)
-    elif isinstance(value, (list, tuple)):
-        for each in value:
-            yield from _tensors(each)
 
 
 def _is_integer(tensor: Tensor) -> bool:

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lightning_efficient.cli.bench.serve_model import Served, model_of_recipe
 from lightning_efficient.cli.bench.serve_report import headline, latency_table, summary_table, write_report
 from lightning_efficient.cli.errors import CommandParser, UserError
+from lightning_efficient.cli.recipes import require_recipe
 from lightning_efficient.dissect.result import write_json
 from lightning_efficient.dissect.serving import (
     Arrivals,
@@ -68,11 +69,7 @@ def main(argv: Sequence[str]) -> int:
     new_tokens = None if options.new_tokens is None else parse_new_tokens(options.new_tokens)
     device = _device(options.device)
     _check(options)
-    if not any(re.fullmatch(r"-c.*|--config(=.*)?", word) for word in recipe_args):
-        raise UserError(
-            "no recipe given: a model is needed to generate. Name one with -c, e.g. -c llama/pretrain; "
-            "'lightning-efficient recipes list' shows them."
-        )
+    require_recipe(recipe_args, "a model is needed to generate")
     served = model_of_recipe(
         recipe_args,
         checkpoint=options.checkpoint,
