@@ -3,6 +3,7 @@
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.precision import BitsandbytesPrecision
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -27,13 +28,15 @@ class PEFTAdapter(Callback):
     Args:
         config: of peft, such as ``{peft_type: LORA, r: 64, lora_alpha: 128, target_modules: [q_proj, v_proj]}``.
         model_attr: attribute of the LightningModule that holds the backbone; ``None``: the whole module.
+        seed: of the adapter's first weights, whatever was drawn before; ``None``: they come from torch's global
+            generator as it stands.
 
     Raises:
         ModuleNotFoundError: peft is not installed (in ``setup``).
         ValueError: peft knows no such configuration (in ``setup``), or finds no layer that it names.
     """
 
-    def __init__(self, config: dict[str, Any], model_attr: str | None = "model") -> None:
+    def __init__(self, config: dict[str, Any], model_attr: str | None = "model", *, seed: int | None = None) -> None:
         if "peft_type" not in config:
             raise ValueError(
                 f"The adapter's config has no peft_type (it has {', '.join(config) or 'nothing'}): peft cannot tell "
@@ -41,6 +44,7 @@ class PEFTAdapter(Callback):
             )
         self.config = config
         self.model_attr = model_attr
+        self.seed = seed
         self.stats: dict[str, float] = {}
 
     @override
@@ -79,7 +83,10 @@ class PEFTAdapter(Callback):
     def _put_in(self, backbone: nn.Module) -> None:
         peft = _import_peft()
         try:
-            peft.inject_adapter_in_model(peft.get_peft_config(dict(self.config)), backbone)
+            with torch.random.fork_rng(enabled=self.seed is not None):
+                if self.seed is not None:
+                    torch.manual_seed(self.seed)
+                peft.inject_adapter_in_model(peft.get_peft_config(dict(self.config)), backbone)
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise ValueError(
                 f"peft cannot make the adapter {self.config}: {str(error).strip().partition(chr(10))[0]}. Correct the "

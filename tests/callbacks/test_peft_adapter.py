@@ -101,3 +101,22 @@ def test_an_optimizer_that_is_too_early_is_told() -> None:
 
     with pytest.raises(RuntimeError, match="built before the adapter was put in"):
         fit(Early(), PEFTAdapter(CONFIG))
+
+
+def test_a_seed_decides_the_first_weights_and_disturbs_no_other_draw() -> None:
+    def first_weights(draws: int, seed: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        torch.manual_seed(7)
+        torch.rand(draws)
+        layers = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        torch.manual_seed(8)
+        torch.rand(draws)
+        config = {"peft_type": "LORA", "r": 2, "target_modules": ["0"]}
+        PEFTAdapter(config, seed=seed)._put_in(layers)
+        return layers.get_parameter("0.lora_A.default.weight").detach(), torch.rand(3)
+
+    (one, then), (other, _) = first_weights(0, 3), first_weights(5, 3)
+    assert torch.equal(one, other)
+    assert not torch.equal(first_weights(0, None)[0], first_weights(5, None)[0])
+    torch.manual_seed(8)
+    torch.rand(0)
+    assert torch.equal(then, torch.rand(3))
