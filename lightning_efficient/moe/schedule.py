@@ -8,7 +8,8 @@ split    which part of the tokens a rank of an MP group takes: those of the ESP 
          the experts' slots after it (``after``)
 transport how rows travel: one all-to-all over the block, with a copy for each shard (``fused``); an all-to-all
          over EP, then an all-gather over ESP, and back by a reduce-scatter (``hierarchical``), or back by an
-         all-reduce (``all_reduce``)
+         all-reduce of which each rank keeps its part (``all_reduce``); or, where all ranks of an ESP group have the
+         same rows, an all-to-all over EP, and an all-reduce on the way back (``plain``)
 chunks   into how many parts the slots are cut, so that the parts' communication and computation overlap
 overlap  what overlaps: everything (``layer``), or only the way back, the all-to-all with the all-gather over MP
          (``merge``: the paper's SAA)
@@ -21,7 +22,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 Split: TypeAlias = Literal["gather", "before", "after"]
-Transport: TypeAlias = Literal["fused", "hierarchical", "all_reduce"]
+Transport: TypeAlias = Literal["fused", "hierarchical", "all_reduce", "plain"]
 Overlap: TypeAlias = Literal["layer", "merge"]
 
 
@@ -77,7 +78,7 @@ class Schedule:
 SCHEDULES: dict[str, Schedule] = {
     each.name: each
     for each in (
-        Schedule("paper", "gather", "all_reduce"),
+        Schedule("paper", "gather", "plain"),
         Schedule("deepspeed", "after", "all_reduce"),
         Schedule("s1", "before", "fused"),
         Schedule("s2", "after", "fused"),

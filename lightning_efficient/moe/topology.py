@@ -168,12 +168,12 @@ class MoETopology:
         }
         groups, process_groups = {}, {}
         for axis, of in job.items():
-            members = [[r for r in range(world_size) if of(r) == value] for value in sorted({*map(of, range(world_size))})]
+            members = [
+                [r for r in range(world_size) if of(r) == value] for value in sorted({*map(of, range(world_size))})
+            ]
             process_groups[axis], _ = dist.new_subgroups_by_enumeration(members, timeout=timeout)
             mine = members[[rank in each for each in members].index(True)]
-            groups[axis] = Group(
-                axis, len(mine), mine.index(rank), process_groups[axis] if len(mine) > 1 else None
-            )
+            groups[axis] = Group(axis, len(mine), mine.index(rank), process_groups[axis] if len(mine) > 1 else None)
         mesh = DeviceMesh.from_group(
             [process_groups[axis] for axis in ("edp", "ep", "esp")],
             device_type,

@@ -1,0 +1,192 @@
+r"""Gradients of a model with MoE layers, made whole across ranks, while backward still runs.
+
+Every parameter has one of three rules. With P ranks, DP = P / MP groups of tokens, and losses that are means over a
+rank's own tokens:
+
+======== ========================= ================= ====================================================
+what     sum over                  divide by         because
+======== ========================= ================= ====================================================
+dense    DP                        DP                MP ranks have the same gradient already
+router   all ranks                 DP                each MP rank has a share, whatever the schedule
+experts  EDP (ranks with the same  DP (not EDP)      the rows of all DP groups reached some copy, each once
+         experts)
+======== ========================= ================= ====================================================
+
+Parameters that FSDP2 shards over data parallelism are left alone: it reduces them itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+
+from lightning_efficient.moe.experts import local
+from lightning_efficient.moe.layer import moe_layers
+from lightning_efficient.moe.topology import Group, MoETopology
+
+
+@dataclass(slots=True)
+class Bucket:
+    """Parameters whose gradients are summed together.
+
+    Args:
+        group: over which.
+        parameters: of one dtype and device, in the order of the buffer.
+        waiting: how many have no gradient yet in this backward.
+        flat: the gradients in one tensor, and a 1 for each parameter that has one, once they are under way.
+        work: what to wait for.
+    """
+
+    group: Group
+    parameters: list[nn.Parameter] = field(default_factory=list)
+    waiting: int = 0
+    flat: Tensor | None = None
+    work: Any = None
+
+
+class GradientSync:
+    """Sums gradients in buckets, each as soon as all of its gradients are there.
+
+    Args:
+        module: after :func:`~lightning_efficient.moe.parallelize`.
+        topology: the groups.
+        bucket_mb: size of a bucket in MB.
+
+    Attributes:
+        enabled: whether backward syncs; switch it off for all but the last micro-batch of a step.
+        overlapped: buckets that left before backward ended.
+    """
+
+    def __init__(self, module: nn.Module, topology: MoETopology, *, bucket_mb: float = 25.0) -> None:
+        self.topology = topology
+        self.enabled = True
+        self.overlapped = 0
+        self.buckets = _bucket(module, topology, bucket_mb)
+        self._next = 0
+        self._bucket_of = {parameter: bucket for bucket in self.buckets for parameter in bucket.parameters}
+        self._hooks = [each.register_post_accumulate_grad_hook(self._ready) for each in self._bucket_of]
+        self._begin()
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def finish(self) -> None:
+        """Send what backward has not, wait for all, and leave the whole gradients in ``.grad``.
+
+        Call it after each backward; nothing is done while ``enabled`` is False. A parameter that no rank used keeps
+        no gradient; one that some rank used has one on all.
+        """
+        if not self.enabled:
+            return
+        self.overlapped += self._next
+        while self._next < len(self.buckets):
+            self._send()
+        for bucket in self.buckets:
+            self._unpack(bucket)
+        self._begin()
+
+    def _begin(self) -> None:
+        self._next = 0
+        for bucket in self.buckets:
+            bucket.waiting = len(bucket.parameters)
+
+    def _ready(self, parameter: Tensor) -> None:
+        if not self.enabled:
+            return
+        self._bucket_of[parameter].waiting -= 1  # type: ignore[index]
+        # In one order on all ranks, whatever the order in which gradients come.
+        while self._next < len(self.buckets) and self.buckets[self._next].waiting <= 0:
+            self._send()
+
+    def _send(self) -> None:
+        bucket = self.buckets[self._next]
+        self._next += 1
+        grads = [None if each.grad is None else local(each.grad) for each in bucket.parameters]
+        if bucket.group.size == 1:
+            return
+        used = torch.tensor([each is not None for each in grads], dtype=bucket.parameters[0].dtype)
+        parts = [
+            torch.zeros_like(local(each)) if grad is None else grad
+            for each, grad in zip(bucket.parameters, grads, strict=True)
+        ]
+        device = parts[0].device
+        bucket.flat = torch.cat([*(each.flatten() for each in parts), used.to(device, non_blocking=True)])
+        bucket.work = dist.all_reduce(bucket.flat, group=bucket.group.process_group, async_op=True)
+
+    def _unpack(self, bucket: Bucket) -> None:
+        by = self.topology.dp.size
+        if bucket.flat is None:
+            for each in bucket.parameters:
+                if each.grad is not None and by > 1:
+                    local(each.grad).div_(by)
+            return
+        bucket.work.wait()
+        sizes = [local(each).numel() for each in bucket.parameters]
+        *grads, used = bucket.flat.split([*sizes, len(sizes)])
+        missing = any(each.grad is None for each in bucket.parameters)
+        for number, (each, grad) in enumerate(zip(bucket.parameters, grads, strict=True)):
+            if missing and each.grad is None and not used[number]:
+                continue
+            _set_grad(each, grad.div_(by).view_as(local(each)))
+        bucket.flat = bucket.work = None
+
+
+def _set_grad(parameter: nn.Parameter, grad: Tensor) -> None:
+    if isinstance(parameter, DTensor):
+        grad = DTensor.from_local(
+            grad,
+            parameter.device_mesh,
+            parameter.placements,
+            run_check=False,
+            shape=parameter.shape,
+            stride=parameter.stride(),
+        )
+    parameter.grad = grad
+
+
+def _bucket(module: nn.Module, topology: MoETopology, bucket_mb: float) -> list[Bucket]:
+    """Cut the parameters, from the last to the first, into buckets of one group, dtype and device."""
+    groups = dict(_groups(module, topology))
+    buckets: list[Bucket] = []
+    open_buckets: dict[Any, tuple[Bucket, float]] = {}
+    for parameter in reversed(list(module.parameters())):
+        if not parameter.requires_grad or _is_fully_sharded(parameter):
+            continue
+        group = groups.get(parameter, topology.dp)
+        size = local(parameter).numel() * parameter.element_size() / 1e6
+        key = (group.axis, parameter.dtype, parameter.device)
+        bucket, filled = open_buckets.get(key, (None, 0.0))
+        if bucket is None or filled + size > bucket_mb:
+            bucket, filled = Bucket(group), 0.0
+            buckets.append(bucket)
+        bucket.parameters.append(parameter)
+        open_buckets[key] = (bucket, filled + size)
+    return buckets
+
+
+def _groups(module: nn.Module, topology: MoETopology) -> Iterable[tuple[nn.Parameter, Group]]:
+    for _, layer in moe_layers(module):
+        for parameter in layer.experts.parameters():
+            yield parameter, topology.edp
+        for parameter in layer.router.parameters():
+            yield parameter, topology.world
+
+
+def _is_fully_sharded(parameter: nn.Parameter) -> bool:
+    """Whether FSDP2 has cut it over the data-parallel ranks."""
+    if not isinstance(parameter, DTensor):
+        return False
+    names = parameter.device_mesh.mesh_dim_names or ()
+    return any(
+        name == "data_parallel" and isinstance(placement, Shard)
+        for name, placement in zip(names, parameter.placements, strict=True)
+    )

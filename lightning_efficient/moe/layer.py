@@ -1,0 +1,191 @@
+"""`MoELayer`: a mixture of experts in place of a feed-forward net, on one process or spread over many."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_efficient.moe.experts import Activation, Experts
+from lightning_efficient.moe.inputs import InputCheck
+from lightning_efficient.moe.pipeline import LayerStats, run_schedule
+from lightning_efficient.moe.router import Capacity, DropPolicy, Normalize, Router
+from lightning_efficient.moe.schedule import SCHEDULES, Schedule
+from lightning_efficient.moe.topology import MoETopology
+
+
+class Scheduler(Protocol):
+    """Decides by which schedule a layer runs."""
+
+    def schedule_for(self, layer: MoELayer, x_SM: Tensor) -> Schedule:
+        """Return the schedule for these tokens; all ranks are asked together, and must get the same."""
+        ...
+
+
+class FixedSchedule:
+    """Always the same schedule.
+
+    Args:
+        schedule: that one.
+    """
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule = schedule
+
+    def schedule_for(self, layer: MoELayer, x_SM: Tensor) -> Schedule:
+        """Return the schedule."""
+        return self.schedule
+
+
+class MoELayer(nn.Module):
+    r"""A mixture of experts: tokens (..., M) in, (..., M) out.
+
+    .. math:: y = \sum_{j=1}^{k} w_j \, E_{e_j}(x)
+
+    with the k experts :math:`e_j` of highest probability under the router, and its weights. After each forward
+    :attr:`aux_loss` is the weighted sum of the load-balancing loss and the z-loss; add
+    :func:`~lightning_efficient.moe.aux_loss` of the whole model to the loss of training.
+
+    As made, the layer is whole and runs on one process. :func:`~lightning_efficient.moe.parallelize` spreads it.
+
+    Args:
+        dim: M, size of a token.
+        hidden: H, hidden size of an expert.
+        num_experts: E.
+        top_k: k, experts per token.
+        activation: of the experts: ``swiglu``, ``gelu`` or ``relu``.
+        bias: give the experts' maps a bias.
+        capacity_factor: an expert has room for f times its even share of the assignments; the rest is dropped: those
+            tokens get nothing from it. None: dropless, as much room as is needed.
+        eval_capacity_factor: the same in evaluation; None: as in training.
+        min_capacity: slots that an expert has at least.
+        drop_policy: who keeps a slot of a full expert: ``position`` or ``probs``.
+        normalize: when the weights of a token's experts are divided by their sum: ``before_drop``, ``after_drop`` or
+            ``never``.
+        jitter: noise on the router's inputs in training.
+        aux_loss_coef: weight of the load-balancing loss.
+        z_loss_coef: weight of the z-loss.
+
+    Attributes:
+        aux_loss: of the last forward; None before.
+        stats: what the last forward did.
+        topology: the groups of ranks.
+        scheduler: decides in which order the layer communicates.
+
+    Raises:
+        ValueError: a size or an option is wrong.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        num_experts: int,
+        top_k: int = 2,
+        *,
+        activation: Activation = "swiglu",
+        bias: bool = False,
+        capacity_factor: float | None = 1.25,
+        eval_capacity_factor: float | None = None,
+        min_capacity: int = 4,
+        drop_policy: DropPolicy = "position",
+        normalize: Normalize = "before_drop",
+        jitter: float = 0.0,
+        aux_loss_coef: float = 1e-2,
+        z_loss_coef: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.router = Router(
+            dim,
+            num_experts,
+            top_k,
+            capacity=Capacity(capacity_factor, eval_capacity_factor, min_capacity),
+            drop_policy=drop_policy,
+            normalize=normalize,
+            jitter=jitter,
+        )
+        self.experts = Experts(num_experts, dim, hidden, activation=activation, bias=bias)
+        self.aux_loss_coef = aux_loss_coef
+        self.z_loss_coef = z_loss_coef
+        self.aux_loss: Tensor | None = None
+        self.stats: LayerStats | None = None
+        self.topology = MoETopology()
+        self.scheduler: Scheduler = FixedSchedule(SCHEDULES["s1"])
+        self.check: InputCheck | None = None
+
+    @override
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # sizes of what is sent are decided by the tokens
+    def forward(self, x: Tensor) -> Tensor:
+        """Send each token through its experts.
+
+        Args:
+            x: tokens, (..., M); equal on all ranks of an MP group, and equally many on all ranks.
+
+        Raises:
+            ValueError: the last dimension is not M.
+        """
+        if x.shape[-1] != self.experts.dim:
+            raise ValueError(
+                f"Tokens have size {x.shape[-1]}, and the layer was made for dim={self.experts.dim}: its last "
+                "dimension must match. Change the layer's dim."
+            )
+        x_SM = x.reshape(-1, x.shape[-1])
+        if self.check is not None:
+            self.check(x_SM)
+        y_SM, self.stats = self.run(x_SM, self.scheduler.schedule_for(self, x_SM))
+        balance, z = self.router.losses(self.stats.load, self.stats.tokens)
+        self.aux_loss = self.aux_loss_coef * balance + self.z_loss_coef * z
+        return y_SM.view(x.shape)
+
+    def run(self, x_SM: Tensor, schedule: Schedule) -> tuple[Tensor, LayerStats]:
+        """Run the layer by a schedule, and keep nothing.
+
+        Args:
+            x_SM: tokens.
+            schedule: in which order.
+
+        Raises:
+            ValueError: the schedule cannot do what the layer is set to.
+        """
+        seed = None
+        if self.training and self.router.jitter:
+            if schedule.split == "gather" and self.topology.esp.size > 1:
+                raise ValueError(
+                    "jitter with schedule 'paper': that baseline routes tokens of other ranks, whose noise it does not "
+                    "know. Set jitter to 0, or choose another schedule."
+                )
+            # From torch's generator, which ranks of an MP group share as they share their tokens, and which
+            # checkpointing puts back before it computes the layer again.
+            seed = int(torch.randint(2**62, ()).item()) + self.topology.dp.rank
+        return run_schedule(x_SM, self.router, self.experts, topology=self.topology, schedule=schedule, seed=seed)
+
+
+def moe_layers(module: nn.Module) -> Iterator[tuple[str, MoELayer]]:
+    """Yield the MoE layers of a module, with their names."""
+    for name, each in module.named_modules():
+        if isinstance(each, MoELayer):
+            yield name, each
+
+
+def aux_loss(module: nn.Module) -> Tensor:
+    """Return the sum of the auxiliary losses that the module's MoE layers had in their last forward.
+
+    Args:
+        module: with MoE layers.
+
+    Raises:
+        ValueError: it has none, or one has not run.
+    """
+    losses = []
+    for name, layer in moe_layers(module):
+        if layer.aux_loss is None:
+            raise ValueError(f"The MoE layer {name!r} has not run yet: it has no auxiliary loss. Call the model first.")
+        losses.append(layer.aux_loss)
+    if not losses:
+        raise ValueError(
+            f"{type(module).__name__} has no MoE layer, and so no auxiliary loss. Remove the call, or add a MoELayer."
+        )
+    return torch.stack(losses).sum()
