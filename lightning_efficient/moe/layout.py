@@ -2,7 +2,8 @@
 
 The buffer of N slots is cut into chunks that are sent one after the other, and each chunk into equal blocks, one for
 each MP rank that sends a share of it (one block where tokens were split before the gate). A block has rows of expert
-0, then of expert 1, ...: equally many (``capacity``: T slots, filled or not), or as many as there are (no capacity).
+0, then of expert 1, ...: equally many (T slots, filled or not), or as many as there are (without a capacity, or
+packed).
 
 Dimension letters: S tokens, k choices per token, E experts, T slots per expert, N slots of the buffer.
 """
@@ -28,8 +29,8 @@ class Layout:
         source_N: the assignment s * k + j of each slot, -1 where it is empty.
         chunks: into how many parts the buffer is cut, of equal size where there is a capacity.
         shares: blocks of each chunk.
-        slots: T of a block and chunk; None without a capacity.
-        counts: rows by chunk, share and expert, on the host, without a capacity.
+        slots: T of a block and chunk; None where rows are as many as there are.
+        counts: rows by chunk, share and expert, on the host, where rows are as many as there are.
     """
 
     slot_Sk: Tensor
@@ -48,15 +49,16 @@ class Layout:
         return [self.shares * block_size(shares) for shares in self.counts]
 
 
-def lay_out(routing: Routing, *, chunks: int = 1, shares: int = 1) -> Layout:
+def lay_out(routing: Routing, *, chunks: int = 1, shares: int = 1, packed: bool = False) -> Layout:
     """Give each assignment a slot.
 
     Args:
         routing: what goes where.
         chunks: parts that are sent one after the other.
         shares: blocks of each, one for each rank that sends one.
+        packed: no slots that stay empty.
     """
-    if routing.capacity is None:
+    if routing.capacity is None or packed:
         return _ragged(routing, chunks, shares)
     E, T = routing.counts_E.shape[0], slots_of_a_part(routing.capacity, chunks * shares)
     place_Sk = routing.position_Sk
@@ -106,8 +108,9 @@ def block_size(shares: tuple[tuple[int, ...], ...]) -> int:
 
 def _ragged(routing: Routing, chunks: int, shares: int) -> Layout:
     """Part p of P of each queue of n holds the positions from floor(p n / P) on; parts count shares first."""
-    parts = chunks * shares
-    counts = routing.counts_E.tolist()  # the one wait for the device: sizes of what is sent must be known to the host
+    parts, T = chunks * shares, routing.capacity
+    counts_E = routing.counts_E if T is None else routing.counts_E.clamp(max=T)
+    counts = counts_E.tolist()  # the one wait for the device: sizes of what is sent must be known to the host
     begins_PE = torch.tensor([[part * n // parts for n in counts] for part in range(parts + 1)])
     sizes_PE = begins_PE.diff(dim=0)
     # Part number share * chunks + chunk lies at block chunk * shares + share.
@@ -123,7 +126,9 @@ def _ragged(routing: Routing, chunks: int, shares: int) -> Layout:
     device = routing.position_Sk.device
     begins_PE, first_PE = begins_PE.to(device), first_PE.to(device)
     expert_Sk, place_Sk = routing.expert_Sk, routing.position_Sk
-    n_Sk = routing.counts_E[expert_Sk]
-    part_Sk = ((place_Sk + 1) * parts - 1) // n_Sk  # the part p with floor(p n / P) <= place < floor((p + 1) n / P)
+    n_Sk = counts_E[expert_Sk]
+    # The part p with floor(p n / P) <= place < floor((p + 1) n / P).
+    part_Sk = (((place_Sk + 1) * parts - 1) // n_Sk).clamp(max=parts - 1)
     slot_Sk = first_PE[part_Sk, expert_Sk] + place_Sk - begins_PE[part_Sk, expert_Sk]
+    slot_Sk = slot_Sk.masked_fill(place_Sk >= n_Sk, -1)
     return Layout(slot_Sk, invert(slot_Sk, int(ends[-1])), chunks, shares, counts=blocks)

@@ -34,12 +34,14 @@ class LayerStats:
     Args:
         load: ``Routing.load`` over all tokens of the MP group.
         tokens: how many those are.
-        dropped: assignments of this rank's tokens that found no slot, a scalar tensor.
+        assignments: of this rank's tokens to experts: of its part of them, where they are split before the gate.
+        dropped: those of them that found no slot, a scalar tensor.
         rows: rows that the experts of this rank computed.
     """
 
     load: Tensor
     tokens: int
+    assignments: int
     dropped: Tensor
     rows: int
 
@@ -96,7 +98,7 @@ class _Run:
         x_sM = own(x_SM)
         routing = self.router(x_sM if noisy_SM is x_SM else own(noisy_SM), slots_for=part)
         load = start(routing.load, mp, collectives.sum_shares)
-        layout = lay_out(routing, chunks=self.schedule.chunks)
+        layout = lay_out(routing, chunks=self.schedule.chunks, packed=self.schedule.packed)
         y_NM = self._through_experts(permute(x_sM, layout.slot_Sk, layout.source_N, dtype=_dtype(x_SM)), layout)
         y_sM = unpermute(y_NM, routing.weight_Sk, layout.slot_Sk, layout.source_N)
         y_SM = collectives.merge(_pad_rows(y_sM, part), mp)[:S]
@@ -105,7 +107,8 @@ class _Run:
     def split_after_gate(self, x_SM: Tensor, noisy_SM: Tensor) -> tuple[Tensor, LayerStats]:
         """S2, and the order of DeepSpeed: all ranks of an MP group route all tokens, and each sends its slots."""
         routing = self._route(noisy_SM)
-        layout = lay_out(routing, chunks=self.schedule.chunks, shares=self.topology.mp.size)
+        shares, chunks, packed = self.topology.mp.size, self.schedule.chunks, self.schedule.packed
+        layout = lay_out(routing, chunks=chunks, shares=shares, packed=packed)
         y_NM = self._through_experts(permute(x_SM, layout.slot_Sk, layout.source_N, dtype=_dtype(x_SM)), layout)
         y_SM = unpermute(y_NM, routing.weight_Sk, layout.slot_Sk, layout.source_N)
         return y_SM, self._stats(routing.load, x_SM.shape[0], layout.slot_Sk)
@@ -162,7 +165,7 @@ class _Run:
         return [RaggedTransport(kind, self.topology, self.experts, each, device) for each in counts]
 
     def _stats(self, load: Tensor, tokens: int, slot_Sk: Tensor) -> LayerStats:
-        return LayerStats(load, tokens, (slot_Sk < 0).sum(), self.rows)
+        return LayerStats(load, tokens, slot_Sk.numel(), (slot_Sk < 0).sum(), self.rows)
 
 
 def _pad_rows(x_NM: Tensor, rows: int) -> Tensor:

@@ -1,6 +1,6 @@
 """The names of the schedules, and what each is made of.
 
-A schedule moves the rows of tokens to the ranks that own their experts and back. It is four choices:
+A schedule moves the rows of tokens to the ranks that own their experts and back. It is five choices:
 
 ======== ===================================================================================================
 split    which part of the tokens a rank of an MP group takes: those of the ESP group besides its own
@@ -13,6 +13,8 @@ transport how rows travel: one all-to-all over the block, with a copy for each s
 chunks   into how many parts the slots are cut, so that the parts' communication and computation overlap
 overlap  what overlaps: everything (``layer``), or only the way back, the all-to-all with the all-gather over MP
          (``merge``: the paper's SAA)
+packed   whether only the slots that are filled are sent and computed. Numbers of rows are exchanged before, and the
+         host waits for them; results are the same
 ======== ===================================================================================================
 """
 
@@ -36,6 +38,7 @@ class Schedule:
         transport: how rows travel.
         chunks: into how many parts the slots are cut.
         overlap: what overlaps, where there is more than one chunk.
+        packed: send filled slots only; without a capacity that is so anyway.
     """
 
     name: str
@@ -43,6 +46,7 @@ class Schedule:
     transport: Transport
     chunks: int = 1
     overlap: Overlap = "layer"
+    packed: bool = False
 
     def with_chunks(self, chunks: int) -> Schedule:
         """Return the same schedule in another number of chunks.
@@ -85,6 +89,10 @@ SCHEDULES: dict[str, Schedule] = {
         Schedule("s2_saa", "after", "fused", overlap="merge"),
         Schedule("s1_hier", "before", "hierarchical"),
         Schedule("s2_hier", "after", "hierarchical"),
+        Schedule("s1_packed", "before", "fused", packed=True),
+        Schedule("s2_packed", "after", "fused", packed=True),
+        Schedule("s1_hier_packed", "before", "hierarchical", packed=True),
+        Schedule("s2_hier_packed", "after", "hierarchical", packed=True),
     )
 }
 """By name. ``paper`` is the baseline of the Parm paper, ``deepspeed`` the order of DeepSpeed since 0.7.1."""
