@@ -73,10 +73,11 @@ def gate(
         )
     if not 1 <= k <= logits_SE.shape[1]:
         raise ValueError(
-            f"k is {k}, with {logits_SE.shape[1]} experts: a token goes to 1 or more of them, and to each at most once. "
-            "Lower k, or have more experts."
+            f"k is {k}, with {logits_SE.shape[1]} experts: a token goes to at least 1, and to each at most once. "
+            "Set k to 1 or more, or have more experts."
         )
-    return GateOutput(*_Gate.apply(logits_SE, k, selection_bias_E, selection_noise_SE))
+    out = _Gate.apply(logits_SE, k, selection_bias_E, selection_noise_SE)  # type: ignore[no-untyped-call]
+    return GateOutput(*out)
 
 
 def permute(x_SM: Tensor, slot_Sk: Tensor, source_N: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
@@ -91,7 +92,7 @@ def permute(x_SM: Tensor, slot_Sk: Tensor, source_N: Tensor, *, dtype: torch.dty
     Returns:
         (N, M): row n is ``x_SM[source_N[n] // k]``, zeros where the slot is empty.
     """
-    out: Tensor = _Permute.apply(x_SM, slot_Sk, source_N, dtype or x_SM.dtype)
+    out: Tensor = _Permute.apply(x_SM, slot_Sk, source_N, dtype or x_SM.dtype)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -110,7 +111,7 @@ def unpermute(h_NM: Tensor, weight_Sk: Tensor, slot_Sk: Tensor, source_N: Tensor
     Returns:
         (S, M), in the dtype of ``h_NM``.
     """
-    y_SM: Tensor = _Unpermute.apply(h_NM, weight_Sk, slot_Sk, source_N)
+    y_SM: Tensor = _Unpermute.apply(h_NM, weight_Sk, slot_Sk, source_N)  # type: ignore[no-untyped-call]
     return y_SM
 
 

@@ -1,6 +1,7 @@
-"""The work of ``ops.py`` in torch's operations; ``triton_ops.py`` has the same functions.
+"""The work of ``ops.py`` in torch's operations; ``triton_ops.py`` has the same functions, all but ``invert``.
 
-Dimension letters: S tokens, M model size, E experts, k choices per token, A = S k assignments, N slots, B rows of a bag.
+Dimension letters: S tokens, M model size, E experts, k choices per token, A assignments (S k), N slots, B
+rows of all bags.
 """
 
 from __future__ import annotations
@@ -104,9 +105,7 @@ def _kept(slot: Tensor, num_slots: int) -> Tensor:
 def _sum_bags(rows_M: Tensor, row_B: Tensor, kept: Tensor, weight_B: Tensor | None) -> Tensor:
     """Sum rows into bags; ``kept`` says how many of ``row_B`` each has. float32 rows are not copied on the way."""
     offsets = F.pad(kept.sum(1).cumsum(0), (1, 0))
-    return F.embedding_bag(
-        row_B, rows_M, offsets, mode="sum", per_sample_weights=weight_B, include_last_offset=True
-    )
+    return F.embedding_bag(row_B, rows_M, offsets, mode="sum", per_sample_weights=weight_B, include_last_offset=True)
 
 
 def _weighted_rows(dy_SM: Tensor, weight_Sk: Tensor, source_N: Tensor) -> Tensor:
