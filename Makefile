@@ -10,10 +10,10 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test lint docs bench clean distclean
+.PHONY: help quickstart test test-all lint docs bench clean distclean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 quickstart: $(VENV)/.installed-core ## train a small Llama on real text over two processes with ACP-SGD
 	$(BIN)/lightning-efficient fit -c quickstart.yaml $(ARGS)
@@ -29,6 +29,9 @@ quickstart: $(VENV)/.installed-core ## train a small Llama on real text over two
 	@echo "  docs/tutorials/first_recipe.md                                          your first recipe, step by step"
 
 test: $(VENV)/.installed-test ## run the tests
+	$(BIN)/python -m pytest -m "not exhaustive" $(ARGS)
+
+test-all: $(VENV)/.installed-test ## run the tests, and the whole of each grid of which `test` runs a sample
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(VENV)/.installed-test ## style, types, layers and spelling

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         CompressionMonitor,
         Dissect,
         LoRAFA,
+        MoEMonitor,
         OptimizerGuard,
         PEFTAdapter,
         load_lora_fa_checkpoint,
@@ -44,9 +45,11 @@ if TYPE_CHECKING:
         saved_bytes,
         unmerge,
     )
+    from lightning_efficient.models import MoELlamaLM
+    from lightning_efficient.moe import MoELayer, aux_loss
     from lightning_efficient.optimizers import Eva, EvaP
     from lightning_efficient.precision import LoRAFAHalfPrecision
-    from lightning_efficient.strategies import CompressedDDPStrategy, FullyShardedStrategy
+    from lightning_efficient.strategies import CompressedDDPStrategy, FullyShardedStrategy, ParmStrategy
 
 __version__ = "0.1.0.dev0"
 
@@ -66,13 +69,18 @@ __all__ = [
     "LoRAFAConfig",
     "LoRAFAHalfPrecision",
     "LoRAFAReport",
+    "MoELayer",
+    "MoELlamaLM",
+    "MoEMonitor",
     "OptimizerGuard",
     "PEFTAdapter",
+    "ParmStrategy",
     "PowerSGD",
     "SignSGD",
     "TopK",
     "__version__",
     "apply_lora_fa",
+    "aux_loss",
     "export_peft",
     "load_lora_fa_checkpoint",
     "load_peft",
@@ -99,12 +107,17 @@ _HOMES = {
     "LoRAFAConfig": "lora_fa",
     "LoRAFAHalfPrecision": "precision",
     "LoRAFAReport": "lora_fa",
+    "MoELayer": "moe",
+    "MoELlamaLM": "models",
+    "MoEMonitor": "callbacks",
     "OptimizerGuard": "callbacks",
     "PEFTAdapter": "callbacks",
+    "ParmStrategy": "strategies",
     "PowerSGD": "compression",
     "SignSGD": "compression",
     "TopK": "compression",
     "apply_lora_fa": "lora_fa",
+    "aux_loss": "moe",
     "export_peft": "lora_fa",
     "load_lora_fa_checkpoint": "callbacks",
     "load_peft": "lora_fa",

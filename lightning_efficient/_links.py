@@ -1,4 +1,4 @@
-"""What every measurement of a link needs: the clock, the device a backend wants, and the line through the times."""
+"""What every measurement of a link needs: collectives of a size, the clock, and the line through the times."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -14,6 +15,62 @@ import torch.distributed as dist
 
 _REWEIGHTED = 50
 _EXACT = 1e-6  # relative errors below this count as this
+_ITEMSIZE = 4
+
+
+@dataclass(frozen=True, slots=True)
+class AlphaBeta:
+    """A line through the times of one collective.
+
+    Attributes:
+        alpha_s: seconds that it takes however small.
+        beta_s_per_byte: seconds that a byte of the message adds.
+        residual: root mean square of the relative errors; 0.1 is 10 %.
+    """
+
+    alpha_s: float
+    beta_s_per_byte: float
+    residual: float = 0.0
+
+    def predict(self, n_bytes: float) -> float:
+        """Return the seconds of a message of ``n_bytes``."""
+        return self.alpha_s + self.beta_s_per_byte * n_bytes
+
+
+def collective_of(
+    op: str, n_bytes: int, *, group: dist.ProcessGroup | None, device: torch.device
+) -> tuple[int, Callable[[], Any]]:
+    """Make the tensors of a collective.
+
+    Args:
+        op: ``all_reduce``, ``all_gather``, ``reduce_scatter``, ``all_to_all`` or ``broadcast``.
+        n_bytes: of the whole message: what each rank hands in, or, for an all-gather, its result.
+        group: who takes part; the default group if None.
+        device: where the tensors live.
+
+    Returns:
+        The bytes, rounded up to a whole element for every rank, and what starts the collective and returns the work to
+        wait for.
+    """
+    n = dist.get_world_size(group)
+    root = 0 if group is None else dist.get_global_rank(group, 0)
+    part = math.ceil(n_bytes / _ITEMSIZE / n)
+    whole = torch.zeros(n * part, device=device)
+    own, result = torch.zeros(part, device=device), torch.zeros(n * part, device=device)
+    start: dict[str, Callable[[], Any]] = {
+        "all_reduce": lambda: dist.all_reduce(whole, group=group, async_op=True),
+        "all_gather": lambda: _single(dist, "all_gather")(result, own, group=group, async_op=True),
+        "reduce_scatter": lambda: _single(dist, "reduce_scatter")(own, whole, group=group, async_op=True),
+        "all_to_all": lambda: dist.all_to_all_single(result, whole, group=group, async_op=True),
+        "broadcast": lambda: dist.broadcast(whole, src=root, group=group, async_op=True),
+    }
+    return whole.nbytes, start[op]
+
+
+def _single(module: Any, op: str) -> Any:
+    """The collective on one tensor, by its name of today or of older releases of torch."""
+    older = {"all_gather": "all_gather_into_tensor", "reduce_scatter": "reduce_scatter_tensor"}
+    return getattr(module, f"{op}_single", None) or getattr(module, older[op])
 
 
 def seconds_of(run: Callable[[], object], repeats: int, device: torch.device) -> list[float]:

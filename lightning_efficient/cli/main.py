@@ -19,6 +19,7 @@ TOOL_COMMANDS = {
     "recipes": "list, show or copy the shipped recipes",
     "doctor": "show versions, devices, extras and system tools, and what is missing for what",
     "compression": "recommend rank and bucket size for this model and link",
+    "parm": "choose the schedule of a mixture-of-experts layer on these machines",
     "dissect": "train a recipe for some steps and say where their time and memory went",
     "bench": "measure techniques, serving or collectives, and write tables and a page",
 }
@@ -122,6 +123,10 @@ def _tool(command: str) -> Callable[[Sequence[str]], int]:
         from lightning_efficient.cli import dissect
 
         return dissect.main
+    if command == "parm":
+        from lightning_efficient.cli import parm
+
+        return parm.main
     if command == "bench":
         from lightning_efficient.cli import bench
 

@@ -7,25 +7,23 @@ bytes, comparable to the link's own whatever the number of ranks.
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_efficient._links import device_of, fit_line, seconds_of, wait_for
+from lightning_efficient._links import AlphaBeta as AlphaBeta
+from lightning_efficient._links import collective_of, device_of, fit_line, seconds_of, wait_for
 from lightning_efficient.dissect.result import SCHEMA, Collective
 
 OPS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast")
 #: Bytes: 1 KiB to 16 MiB, by factors of 4.
 SIZES = tuple(4**power for power in range(5, 13))
 
-_ITEMSIZE = 4
 # What torch says of a collective that a backend lacks; the last one where a group in Python has no such method. An
 # all-reduce has run on this device before, hence it is not about the device.
 _UNSUPPORTED = ("not support", "not implement", "No backend type associated")
@@ -59,25 +57,6 @@ class CollectivePoint:
         for an all-gather, a reduce-scatter and an all-to-all, 1 for a broadcast.
         """  # noqa: D205
         return self.algbw * bus_factor(self.op, self.world_size)
-
-
-@dataclass(frozen=True, slots=True)
-class AlphaBeta:
-    """A line through the times of one collective.
-
-    Attributes:
-        alpha_s: seconds that it takes however small.
-        beta_s_per_byte: seconds that a byte of the message adds.
-        residual: root mean square of the relative errors; 0.1 is 10 %.
-    """
-
-    alpha_s: float
-    beta_s_per_byte: float
-    residual: float = 0.0
-
-    def predict(self, n_bytes: float) -> float:
-        """Return the seconds of a message of ``n_bytes``."""
-        return self.alpha_s + self.beta_s_per_byte * n_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,30 +218,20 @@ class _Clock:
 
     def _message(self, op: str, size: int) -> tuple[int, Callable[[], None]]:
         """The size in whole elements for every rank, and what runs the collective once."""
-        n, group = self._world_size, self._group
-        root = 0 if group is None else dist.get_global_rank(group, 0)
-        part = math.ceil(size / _ITEMSIZE / n)
-        whole = torch.zeros(n * part, device=self._device)
-        own, result = torch.zeros(part, device=self._device), torch.zeros(n * part, device=self._device)
-        what = f"{op} of {whole.nbytes} bytes over {n} ranks"
-        start: dict[str, Callable[[], Any]] = {
-            "all_reduce": lambda: dist.all_reduce(whole, group=group, async_op=True),
-            "all_gather": lambda: _single(dist, "all_gather")(result, own, group=group, async_op=True),
-            "reduce_scatter": lambda: _single(dist, "reduce_scatter")(own, whole, group=group, async_op=True),
-            "all_to_all": lambda: dist.all_to_all_single(result, whole, group=group, async_op=True),
-            "broadcast": lambda: dist.broadcast(whole, src=root, group=group, async_op=True),
-        }
+        n_bytes, start = collective_of(op, size, group=self._group, device=self._device)
+        what = f"{op} of {n_bytes} bytes over {self._world_size} ranks"
 
         def run() -> None:
             try:
-                work = start[op]()
+                work = start()
             except RuntimeError as error:
                 if any(words in str(error) for words in _UNSUPPORTED):
-                    raise NotImplementedError(f"{dist.get_backend(group)} does not support it: {error}") from error
+                    backend = dist.get_backend(self._group)
+                    raise NotImplementedError(f"{backend} does not support it: {error}") from error
                 raise
             wait_for(work, what=what, timeout_s=self._timeout_s, device=self._device)
 
-        return whole.nbytes, run
+        return n_bytes, run
 
     def _slowest(self, *values: float) -> list[float]:
         agreed: Tensor = torch.tensor(values, dtype=torch.float64, device=self._device)
@@ -270,9 +239,3 @@ class _Clock:
         wait_for(work, what="the ranks' agreement", timeout_s=self._timeout_s, device=self._device)
         slowest: list[float] = agreed.tolist()
         return slowest
-
-
-def _single(module: Any, op: str) -> Any:
-    """The collective on one tensor, by its name of today or of older releases of torch."""
-    older = {"all_gather": "all_gather_into_tensor", "reduce_scatter": "reduce_scatter_tensor"}
-    return getattr(module, f"{op}_single", None) or getattr(module, older[op])

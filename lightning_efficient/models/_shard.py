@@ -7,8 +7,11 @@ from lightning.pytorch import LightningModule
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
-from lightning_efficient.models.llama import Llama
+from lightning_efficient.models.llama import Llama, SwiGLU
+from lightning_efficient.strategies import ParmStrategy
 
 
 def shard_model(
@@ -58,6 +61,51 @@ def shard_model(
         )
     # Of what is in no block; kept after forward anyway, as backward begins with it.
     fully_shard(model, mesh=mesh["data_parallel"], reshard_after_forward=False, offload_policy=offload)
+
+
+def parm_strategy(module: LightningModule) -> ParmStrategy | None:
+    """Return the Trainer's strategy if it spreads experts and syncs all gradients itself."""
+    try:
+        strategy = module.trainer.strategy
+    except RuntimeError:  # there is no Trainer
+        return None
+    return strategy if isinstance(strategy, ParmStrategy) else None
+
+
+def shard_heads(model: Llama, mesh: DeviceMesh) -> None:
+    """Spread the heads of attention, and the hidden units of plain feed-forward nets, over ranks; once.
+
+    Each rank keeps the whole of what is between them: embedding, norms, residuals and head. All ranks must hold equal
+    weights, and get equal token ids.
+
+    Args:
+        model: changed in place.
+        mesh: of the ranks, of one dimension.
+
+    Raises:
+        ValueError: the ranks cannot get equally many heads or units; nothing is changed.
+    """
+    config, ranks = model.config, mesh.size()
+    sizes = {"num_heads": config.num_heads, "num_kv_heads": config.kv_heads}
+    if any(isinstance(layer.mlp, SwiGLU) for layer in model.model.layers):
+        sizes["ffn_size"] = config.ffn_size
+    for name, size in sizes.items():
+        if size % ranks:
+            raise ValueError(
+                f"{name} is {size}, not divisible by the {ranks} model-parallel ranks: each gets an equal part of "
+                f"the layer. Change {name} or model_parallel_size, or set the model's tensor_parallel to false."
+            )
+    if isinstance(model.model.layers[0].get_parameter("self_attn.q_proj.weight"), DTensor):
+        return
+    for layer in model.model.layers:
+        first = [f"self_attn.{name}_proj" for name in "qkv"]
+        last = ["self_attn.o_proj"]
+        if isinstance(layer.mlp, SwiGLU):
+            first += ["mlp.gate_proj", "mlp.up_proj"]
+            last += ["mlp.down_proj"]
+        plan: dict[str, ParallelStyle] = {name: ColwiseParallel() for name in first}
+        plan |= {name: RowwiseParallel() for name in last}
+        parallelize_module(layer, mesh, plan)
 
 
 def training_device(module: LightningModule) -> torch.device:

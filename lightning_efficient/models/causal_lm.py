@@ -5,8 +5,9 @@ Dimension letters: B batch, T sequence, V vocabulary.
 
 import difflib
 import math
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -136,7 +137,62 @@ class CausalLM(TrainableModule):
         self.log_dict(metrics, prog_bar=True, on_step=False, on_epoch=True, batch_size=len(batch["labels"]))
 
 
-class LlamaLM(CausalLM):
+class InTreeLM(CausalLM):
+    """A Llama of this package: drawn at once or late, from a checkpoint, and sharded where the strategy asks.
+
+    Args:
+        build: makes the model.
+        init_on_device: build without memory, and draw the weights in ``configure_model``.
+        pretrained: a checkpoint to start from.
+        optimizer: called with the parameters that train, in ``configure_optimizers``.
+        lr_scheduler: called with the optimizer; advances once per step.
+    """
+
+    def __init__(
+        self,
+        build: Callable[[], Llama],
+        *,
+        init_on_device: bool,
+        pretrained: str | None,
+        optimizer: OptimizerCallable,
+        lr_scheduler: LRSchedulerCallable | None,
+    ) -> None:
+        super().__init__(optimizer, lr_scheduler)
+        with torch.device("meta") if init_on_device else nullcontext():
+            self.model = build()
+        self._to_load = pretrained
+
+    @override
+    def configure_model(self) -> None:
+        """Draw weights that wait for it, read pretrained ones, and shard the model where the strategy asks; each once.
+
+        Raises:
+            FileNotFoundError: there is no such checkpoint.
+            ValueError: it holds another model, or adapters alone; or the model cannot be sharded as asked.
+        """
+        if self.model.lm_head.weight.is_meta:
+            fill_on_device(self.model, training_device(self))
+        if self._to_load is not None:
+            load_weights(self.model, self._to_load, prefix="model.")
+            self._to_load = None
+        self._shard()
+
+    @property
+    @override
+    def vocab_size(self) -> int:
+        return self.model.config.vocab_size
+
+    @override
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Return the logits (B, T, V) of the token ids (B, T)."""
+        logits_BTV: Tensor = self.model(input_ids)
+        return logits_BTV
+
+    def _shard(self) -> None:
+        raise NotImplementedError
+
+
+class LlamaLM(InTreeLM):
     """The in-tree :class:`~lightning_efficient.models.Llama`, by preset and with single sizes replaced.
 
     Weights are random; ``model`` is the plain :class:`Llama`, whose parameters have transformers' names.
@@ -188,42 +244,31 @@ class LlamaLM(CausalLM):
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-3),
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
-        super().__init__(optimizer, lr_scheduler)
-        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
-        if size not in LLAMA_PRESETS:
-            nearest = difflib.get_close_matches(size.lower(), LLAMA_PRESETS, n=1)
-            raise ValueError(
-                f"There is no Llama of size {size!r}. Use one of {', '.join(LLAMA_PRESETS)}"
-                + (f"; did you mean {nearest[0]!r}?" if nearest else ".")
-            )
-        replaced = {
-            "max_seq_len": max_seq_len,
-            "hidden_size": hidden_size,
-            "ffn_size": ffn_size,
-            "num_layers": num_layers,
-            "num_heads": num_heads,
-            "num_kv_heads": num_kv_heads,
-        }
-        shape = LLAMA_PRESETS[size] | {name: value for name, value in replaced.items() if value is not None}
+        shape = preset(
+            size,
+            LLAMA_PRESETS,
+            {
+                "max_seq_len": max_seq_len,
+                "hidden_size": hidden_size,
+                "ffn_size": ffn_size,
+                "num_layers": num_layers,
+                "num_heads": num_heads,
+                "num_kv_heads": num_kv_heads,
+            },
+        )
         config = LlamaConfig(vocab_size=vocab_size, tie_embeddings=tie_embeddings, attention=attention, **shape)
-        with torch.device("meta") if init_on_device else nullcontext():
-            self.model = Llama(config, activation_checkpointing=activation_checkpointing)
+        super().__init__(
+            lambda: Llama(config, activation_checkpointing=activation_checkpointing),
+            init_on_device=init_on_device,
+            pretrained=pretrained,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+        )
+        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
         self.reshard_after_forward, self.cpu_offload = reshard_after_forward, cpu_offload
-        self._to_load = pretrained
 
     @override
-    def configure_model(self) -> None:
-        """Draw weights that wait for it, read pretrained ones, and shard the model where the strategy asks; each once.
-
-        Raises:
-            FileNotFoundError: there is no such checkpoint.
-            ValueError: it holds another model, or adapters alone; or ``cpu_offload`` cannot be had.
-        """
-        if self.model.lm_head.weight.is_meta:
-            fill_on_device(self.model, training_device(self))
-        if self._to_load is not None:
-            load_weights(self.model, self._to_load, prefix="model.")
-            self._to_load = None
+    def _shard(self) -> None:
         shard_model(
             self.model,
             self.model.model.layers,
@@ -232,13 +277,22 @@ class LlamaLM(CausalLM):
             cpu_offload=self.cpu_offload,
         )
 
-    @property
-    @override
-    def vocab_size(self) -> int:
-        return self.model.config.vocab_size
 
-    @override
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """Return the logits (B, T, V) of the token ids (B, T)."""
-        logits_BTV: Tensor = self.model(input_ids)
-        return logits_BTV
+def preset(size: str, presets: Mapping[str, dict[str, Any]], replaced: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a size, with those replaced that are not None.
+
+    Args:
+        size: a key of ``presets``.
+        presets: arguments by size.
+        replaced: by name.
+
+    Raises:
+        ValueError: there is no such size.
+    """
+    if size not in presets:
+        nearest = difflib.get_close_matches(size.lower(), presets, n=1)
+        raise ValueError(
+            f"There is no Llama of size {size!r}. Use one of {', '.join(presets)}"
+            + (f"; did you mean {nearest[0]!r}?" if nearest else ".")
+        )
+    return presets[size] | {name: value for name, value in replaced.items() if value is not None}

@@ -8,8 +8,10 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_efficient.models._shard import shard_model
-from lightning_efficient.models.causal_lm import CausalLM
+from lightning_efficient.models._shard import parm_strategy, shard_model
+from lightning_efficient.models.causal_lm import CausalLM, TokenBatch
+from lightning_efficient.models.moe_lm import with_aux_loss
+from lightning_efficient.moe.hf import swap_moe_blocks, unswap_state_dict
 
 
 class HFCausalLM(CausalLM):
@@ -27,6 +29,11 @@ class HFCausalLM(CausalLM):
         reshard_after_forward: under ``ModelParallelStrategy`` (FSDP2): drop a layer's gathered parameters after its
             forward, which is ZeRO-3; without, they stay until its backward, which is ZeRO-2.
         cpu_offload: under ``ModelParallelStrategy``: keep what is sharded in the host's memory.
+        moe: replace the mixture-of-experts blocks of a Mixtral or Qwen-MoE by those of this package, so that
+            :class:`~lightning_efficient.strategies.ParmStrategy` can spread them: the arguments of
+            :func:`~lightning_efficient.moe.hf.swap_moe_blocks`, ``{}`` for its defaults. The loss of training then has
+            their auxiliary loss in it, and ``aux_loss`` and ``dropped`` are logged, as by
+            :class:`~lightning_efficient.models.MoELlamaLM`. ``None`` leaves the blocks as they are.
         optimizer: called with the parameters that train, in ``configure_optimizers``.
         lr_scheduler: called with the optimizer; advances once per step.
 
@@ -44,6 +51,7 @@ class HFCausalLM(CausalLM):
         attention: str | None = None,
         reshard_after_forward: bool = True,
         cpu_offload: bool = False,
+        moe: dict[str, Any] | None = None,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-4),
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
@@ -59,14 +67,15 @@ class HFCausalLM(CausalLM):
         self.dtype_of_weights = _floating_dtype(dtype)
         self.attention = attention
         self.reshard_after_forward, self.cpu_offload = reshard_after_forward, cpu_offload
+        self.moe = moe
         self.model: nn.Module | None = None
 
     @override
     def configure_model(self) -> None:
-        """Build the model, and shard it where the strategy asks for it; once.
+        """Build the model, and swap its blocks or shard it where that is asked for; once.
 
         Raises:
-            ValueError: transformers cannot find or read ``source``; or ``cpu_offload`` cannot be had.
+            ValueError: transformers cannot find or read ``source``; or ``cpu_offload`` or ``moe`` cannot be had.
             ModuleNotFoundError: transformers is not installed.
         """
         if self.model is not None:
@@ -100,7 +109,11 @@ class HFCausalLM(CausalLM):
                 model.activation_checkpointing_enable({"use_reentrant": False})
             else:  # its older name
                 model.gradient_checkpointing_enable({"use_reentrant": False})
+        if self.moe is not None:
+            swap_moe_blocks(model, **self.moe)
         self.model = model.train()
+        if parm_strategy(self) is not None:
+            return
         # transformers names the classes of a model's layers, for whoever wraps or cuts models.
         classes = set(getattr(model, "_no_split_modules", None) or ())
         shard_model(
@@ -122,9 +135,19 @@ class HFCausalLM(CausalLM):
         logits_BTV: Tensor = self._built()(input_ids=input_ids).logits
         return logits_BTV
 
+    @override
+    def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
+        """Return the loss, a scalar; with that of the experts where blocks were swapped."""
+        loss = super().training_step(batch, batch_idx)
+        return loss if self.moe is None else with_aux_loss(self, loss, batch_size=len(batch["input_ids"]))
+
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the model as a folder that transformers, and ``HFCausalLM(folder)``, can load."""
-        self._built().save_pretrained(folder)
+        """Write the model as a folder that transformers, and ``HFCausalLM(folder)``, can load; all ranks call it."""
+        if self.moe is None:
+            self._built().save_pretrained(folder)
+        else:
+            weights = unswap_state_dict(self._built())
+            self._built().save_pretrained(folder, state_dict=weights, is_main_process=self.global_rank == 0)
 
     def _built(self) -> Any:
         if self.model is None:

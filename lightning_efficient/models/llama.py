@@ -158,7 +158,7 @@ class Llama(nn.Module):
     def __init__(self, config: LlamaConfig, *, activation_checkpointing: bool = False) -> None:
         super().__init__()
         self.config = config
-        self.model = _Body(config, activation_checkpointing=activation_checkpointing)
+        self.model = _Body(config, self.feed_forward, activation_checkpointing=activation_checkpointing)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
@@ -187,6 +187,14 @@ class Llama(nn.Module):
         logits_BTV: Tensor = self.lm_head(self.model(ids_BT))
         return logits_BTV
 
+    def feed_forward(self, number: int) -> nn.Module:
+        """Return a new feed-forward net for a decoder layer; subclasses may return another.
+
+        Args:
+            number: of the layer, from 0.
+        """
+        return SwiGLU(self.config)
+
     def reset_parameters(self) -> None:
         """Draw all weights anew."""
         for module in self.modules():
@@ -201,12 +209,14 @@ class Llama(nn.Module):
 class _Body(nn.Module):
     """Embedding, decoder layers and the last norm: everything but the head."""
 
-    def __init__(self, config: LlamaConfig, *, activation_checkpointing: bool) -> None:
+    def __init__(
+        self, config: LlamaConfig, feed_forward: Callable[[int], nn.Module], *, activation_checkpointing: bool
+    ) -> None:
         super().__init__()
         self.config = config
         self.activation_checkpointing = activation_checkpointing
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(_DecoderLayer(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(_DecoderLayer(config, feed_forward(number)) for number in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
 
     @override
@@ -234,10 +244,10 @@ class _Body(nn.Module):
 class _DecoderLayer(nn.Module):
     """``x + attention(norm(x))``, then ``x + mlp(norm(x))``."""
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: LlamaConfig, mlp: nn.Module) -> None:
         super().__init__()
         self.self_attn = _Attention(config)
-        self.mlp = _SwiGLU(config)
+        self.mlp = mlp
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.norm_eps)
 
@@ -283,8 +293,12 @@ class _Attention(nn.Module):
         return x.view(*x.shape[:2], -1, self.head_size).transpose(1, 2)
 
 
-class _SwiGLU(nn.Module):
-    r"""``down(silu(gate(x)) * up(x))``."""
+class SwiGLU(nn.Module):
+    r"""``down(silu(gate(x)) * up(x))``.
+
+    Args:
+        config: of the model.
+    """
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -294,6 +308,7 @@ class _SwiGLU(nn.Module):
 
     @override
     def forward(self, x_BTD: Tensor) -> Tensor:
+        """Return (B, T, D)."""
         y_BTD: Tensor = self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
         return y_BTD
 

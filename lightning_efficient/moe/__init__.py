@@ -5,10 +5,12 @@ Plain torch: a loop of your own makes a :class:`MoETopology`, calls :func:`paral
 """
 
 from lightning_efficient.moe.experts import Experts
-from lightning_efficient.moe.grad_norm import clip_grad_norm, grad_norm
+from lightning_efficient.moe.grad_norm import clip_grad_norm, clip_grad_value, grad_norm
 from lightning_efficient.moe.grad_sync import GradientSync
 from lightning_efficient.moe.layer import FixedSchedule, MoELayer, aux_loss, moe_layers
+from lightning_efficient.moe.meter import Meter, MoEStats
 from lightning_efficient.moe.parallelize import parallelize
+from lightning_efficient.moe.parameter_groups import parameter_groups
 from lightning_efficient.moe.router import Capacity, Router, Routing
 from lightning_efficient.moe.schedule import SCHEDULES, Schedule, schedule_named
 from lightning_efficient.moe.topology import MoESizes, MoETopology
@@ -20,8 +22,10 @@ __all__ = [
     "Experts",
     "FixedSchedule",
     "GradientSync",
+    "Meter",
     "MoELayer",
     "MoESizes",
+    "MoEStats",
     "MoETopology",
     "Router",
     "Routing",
@@ -29,9 +33,11 @@ __all__ = [
     "Traffic",
     "aux_loss",
     "clip_grad_norm",
+    "clip_grad_value",
     "count_traffic",
     "grad_norm",
     "moe_layers",
     "parallelize",
+    "parameter_groups",
     "schedule_named",
 ]

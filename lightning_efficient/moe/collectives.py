@@ -134,14 +134,15 @@ class Flight:
     Args:
         group: who takes part.
         collective: which it is.
-        token: carries the graph from the start to the wait; it has the shape of the input, and no values.
+        token: carries the graph from the start to the wait; it has the shape of the input, and no values. None after
+            the wait: the graph holds the flight, and a flight that held the graph would keep it for ever.
         out: the result, not to be read before :func:`wait`.
         work: what to wait for; None: it is done.
     """
 
     group: Group
     collective: Collective
-    token: Tensor
+    token: Tensor | None
     out: Tensor | None = None
     work: Any = None
 
@@ -171,9 +172,11 @@ def start(x: Tensor, group: Group, collective: Collective) -> Flight:
 
 def wait(flight: Flight) -> Tensor:
     """Wait for a started collective and return its result."""
+    token, flight.token = flight.token, None
+    assert token is not None, "a flight is waited for once"
     if flight.group.size == 1:
-        return flight.token
-    out: Tensor = _Wait.apply(flight.token, flight)  # type: ignore[no-untyped-call]
+        return token
+    out: Tensor = _Wait.apply(token, flight)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -203,7 +206,7 @@ class _Wait(Function):
         ctx.flight = flight
         flight.finish()
         out, flight.out = flight.out, None
-        assert out is not None, "a flight is waited for once"
+        assert out is not None
         return out
 
     @staticmethod

@@ -161,6 +161,17 @@ class Experts(nn.Module):
                 bias_out = bias_out - bias_out.detach()
         return ExpertWeights(into, out, bias_in, bias_out)
 
+    @override
+    def forward(self, x: Tensor, weights: ExpertWeights, counts: Sequence[int] | None = None) -> Tensor:
+        """Run the experts of this rank on rows of theirs.
+
+        Args:
+            x: (E, R, M) for equally many rows of each expert, or (N, M) with ``counts``.
+            weights: of this rank; see :meth:`weights`.
+            counts: rows of each expert.
+        """
+        return self.padded(x, weights) if counts is None else self.ragged(x, counts, weights)
+
     def padded(self, x_ERM: Tensor, weights: ExpertWeights) -> Tensor:
         """Return (E, R, M) for equally many rows of each expert here."""
         h_ERN = torch.bmm(x_ERM, weights.into_EMN)

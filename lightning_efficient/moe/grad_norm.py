@@ -1,4 +1,4 @@
-"""The norm of all gradients, of which ranks hold different parts, and clipping by it."""
+"""The norm of all gradients, of which ranks hold different parts, and clipping by it and by value."""
 
 from __future__ import annotations
 
@@ -61,6 +61,21 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float, topology: MoET
             grad = local(each.grad)
             grad.mul_(scale.to(grad.device, grad.dtype))
     return norm
+
+
+@torch.no_grad()
+def clip_grad_value(parameters: Iterable[Tensor], max_value: float) -> None:
+    """Bring all elements of the gradients to between ``-max_value`` and ``max_value``.
+
+    As ``torch.nn.utils.clip_grad_value_``, which refuses experts and other parameters together.
+
+    Args:
+        parameters: whose ``.grad`` is changed.
+        max_value: above 0.
+    """
+    for each in parameters:
+        if each.grad is not None:
+            local(each.grad).clamp_(-max_value, max_value)
 
 
 def _parts(parameter: Tensor) -> int:

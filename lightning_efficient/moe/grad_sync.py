@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from torch.distributed.tensor import DTensor, Shard
 from lightning_efficient.moe.experts import local
 from lightning_efficient.moe.layer import moe_layers
 from lightning_efficient.moe.topology import Group, MoETopology
+from lightning_efficient.moe.traffic import Traffic
 
 
 @dataclass(slots=True)
@@ -60,17 +62,26 @@ class GradientSync:
 
     Attributes:
         enabled: whether backward syncs; switch it off for all but the last micro-batch of a step.
-        overlapped: buckets that left before backward ended.
+        sent: buckets that were sent.
+        overlapped: those of them that left before backward ended.
+        traffic: what was sent.
     """
 
     def __init__(self, module: nn.Module, topology: MoETopology, *, bucket_mb: float = 25.0) -> None:
         self.topology = topology
         self.enabled = True
-        self.overlapped = 0
-        self.buckets = _bucket(module, topology, bucket_mb)
-        self._next = 0
+        self.sent = self.overlapped = 0
+        self.traffic = Traffic()
+        self._bucket_mb = bucket_mb
+        self._whole: set[Tensor] = set()  # whose .grad is of an earlier backward, and whole
+        self._held: dict[Tensor, Tensor] = {}
+        self._attach(module)
+
+    def _attach(self, module: nn.Module) -> None:
+        self.buckets = _bucket(module, self.topology, self._bucket_mb)
         self._bucket_of = {parameter: bucket for bucket in self.buckets for parameter in bucket.parameters}
         self._hooks = [each.register_post_accumulate_grad_hook(self._ready) for each in self._bucket_of]
+        self._hooks += [each.register_hook(partial(self._hold, each)) for each in self._bucket_of]
         self._begin()
 
     def remove(self) -> None:
@@ -79,15 +90,29 @@ class GradientSync:
             hook.remove()
         self._hooks.clear()
 
+    def follow(self, module: nn.Module) -> None:
+        """Take in parameters that were unfrozen since; call it before a backward.
+
+        Args:
+            module: the same one.
+        """
+        if any(
+            each.requires_grad and each not in self._bucket_of and not _is_fully_sharded(each)
+            for each in module.parameters()
+        ):
+            self.remove()
+            self._attach(module)
+
     def finish(self) -> None:
         """Send what backward has not, wait for all, and leave the whole gradients in ``.grad``.
 
         Call it after each backward; nothing is done while ``enabled`` is False. A parameter that no rank used keeps
-        no gradient; one that some rank used has one on all.
+        no gradient; one that some rank used has one on all. Gradients that were made whole before, and not set to None
+        since, are added to.
         """
         if not self.enabled:
             return
-        self.overlapped += self._next
+        self.overlapped += sum(bucket.work is not None for bucket in self.buckets)
         while self._next < len(self.buckets):
             self._send()
         for bucket in self.buckets:
@@ -99,10 +124,23 @@ class GradientSync:
         for bucket in self.buckets:
             bucket.waiting = len(bucket.parameters)
 
+    def _hold(self, parameter: Tensor, grad: Tensor | None = None) -> None:
+        """Put a whole gradient aside before what this backward adds, which only is to be summed over ranks."""
+        if parameter in self._whole:
+            self._whole.discard(parameter)
+            if parameter.grad is not None:
+                self._held[parameter], parameter.grad = parameter.grad, None
+
     def _ready(self, parameter: Tensor) -> None:
         if not self.enabled:
             return
-        self._bucket_of[parameter].waiting -= 1  # type: ignore[index]
+        bucket = self._bucket_of[parameter]  # type: ignore[index]
+        if bucket.flat is not None:
+            raise RuntimeError(
+                f"A gradient of shape {tuple(parameter.shape)} came after it was sent: backward ran twice. Call "
+                "finish() after each backward, or set enabled=False for all but the last."
+            )
+        bucket.waiting -= 1
         # In one order on all ranks, whatever the order in which gradients come.
         while self._next < len(self.buckets) and self.buckets[self._next].waiting <= 0:
             self._send()
@@ -110,6 +148,8 @@ class GradientSync:
     def _send(self) -> None:
         bucket = self.buckets[self._next]
         self._next += 1
+        for each in bucket.parameters:
+            self._hold(each)
         grads = [None if each.grad is None else local(each.grad) for each in bucket.parameters]
         if bucket.group.size == 1:
             return
@@ -121,14 +161,29 @@ class GradientSync:
         device = parts[0].device
         bucket.flat = torch.cat([*(each.flatten() for each in parts), used.to(device, non_blocking=True)])
         bucket.work = dist.all_reduce(bucket.flat, group=bucket.group.process_group, async_op=True)
+        n = bucket.group.size
+        self.sent += 1
+        self.traffic.add(
+            "all_reduce", bucket.group.axis, 2 * bucket.flat.numel() * (n - 1) / n, bucket.flat.element_size()
+        )
 
     def _unpack(self, bucket: Bucket) -> None:
         by = self.topology.dp.size
-        if bucket.flat is None:
+        if bucket.flat is not None:
+            self._unpack_flat(bucket, by)
+        elif by > 1:
             for each in bucket.parameters:
-                if each.grad is not None and by > 1:
+                if each.grad is not None:
                     local(each.grad).div_(by)
-            return
+        for each in bucket.parameters:
+            held = self._held.pop(each, None)
+            if held is not None:
+                each.grad = held if each.grad is None else held.add_(each.grad)
+            if each.grad is not None:
+                self._whole.add(each)
+
+    def _unpack_flat(self, bucket: Bucket, by: int) -> None:
+        assert bucket.flat is not None
         bucket.work.wait()
         sizes = [local(each).numel() for each in bucket.parameters]
         *grads, used = bucket.flat.split([*sizes, len(sizes)])
@@ -154,9 +209,13 @@ def _set_grad(parameter: nn.Parameter, grad: Tensor) -> None:
 
 
 def _bucket(module: nn.Module, topology: MoETopology, bucket_mb: float) -> list[Bucket]:
-    """Cut the parameters, from the last to the first, into buckets of one group, dtype and device."""
+    """Cut the parameters, from the last to the first, into buckets of one group, dtype and device.
+
+    In the order in which backward fills them: those of small parameters reach over many layers, and the others must not
+    wait for them.
+    """
     groups = dict(_groups(module, topology))
-    buckets: list[Bucket] = []
+    buckets: dict[int, Bucket] = {}
     open_buckets: dict[Any, tuple[Bucket, float]] = {}
     for parameter in reversed(list(module.parameters())):
         if not parameter.requires_grad or _is_fully_sharded(parameter):
@@ -167,10 +226,11 @@ def _bucket(module: nn.Module, topology: MoETopology, bucket_mb: float) -> list[
         bucket, filled = open_buckets.get(key, (None, 0.0))
         if bucket is None or filled + size > bucket_mb:
             bucket, filled = Bucket(group), 0.0
-            buckets.append(bucket)
+        buckets.pop(id(bucket), None)
+        buckets[id(bucket)] = bucket
         bucket.parameters.append(parameter)
         open_buckets[key] = (bucket, filled + size)
-    return buckets
+    return list(buckets.values())
 
 
 def _groups(module: nn.Module, topology: MoETopology) -> Iterable[tuple[nn.Parameter, Group]]:

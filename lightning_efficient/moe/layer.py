@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -115,6 +115,10 @@ class MoELayer(nn.Module):
         self.topology = MoETopology()
         self.scheduler: Scheduler = FixedSchedule(SCHEDULES["s1"])
         self.check: InputCheck | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what hangs on the graph of the last forward: a layer that has run can be copied."""
+        return {**self.__dict__, "aux_loss": None, "stats": None}
 
     @override
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # sizes of what is sent are decided by the tokens

@@ -32,6 +32,7 @@ class LayerStats:
     """What a layer did.
 
     Args:
+        schedule: in which order it communicated.
         load: ``Routing.load`` over all tokens of the MP group.
         tokens: how many those are.
         assignments: of this rank's tokens to experts: of its part of them, where they are split before the gate.
@@ -39,6 +40,7 @@ class LayerStats:
         rows: rows that the experts of this rank computed.
     """
 
+    schedule: Schedule
     load: Tensor
     tokens: int
     assignments: int
@@ -117,9 +119,11 @@ class _Run:
         """The paper's baseline: all ranks of an ESP group route the tokens of all, and all MP ranks do so alike."""
         esp = self.topology.esp
         x_GSM = collectives.gather(x_SM, esp).view(esp.size, *x_SM.shape)
-        with torch.no_grad():
-            routings = [self._route(tokens) for tokens in x_GSM]
-        routings[esp.rank] = mine = self._route(x_GSM[esp.rank])  # only the own tokens teach the gate
+        routings = []
+        for rank, tokens in enumerate(x_GSM):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and rank == esp.rank):  # own tokens teach the gate
+                routings.append(self._route(tokens))
+        mine = routings[esp.rank]
         layouts = lay_out_together(routings)
         rows_NM = permute(x_GSM.flatten(0, 1), layouts.slot_Sk, layouts.source_N, dtype=_dtype(x_SM))
         y_NM = self._through_experts(rows_NM, layouts)
@@ -165,7 +169,7 @@ class _Run:
         return [RaggedTransport(kind, self.topology, self.experts, each, device) for each in counts]
 
     def _stats(self, load: Tensor, tokens: int, slot_Sk: Tensor) -> LayerStats:
-        return LayerStats(load, tokens, slot_Sk.numel(), (slot_Sk < 0).sum(), self.rows)
+        return LayerStats(self.schedule, load, tokens, slot_Sk.numel(), (slot_Sk < 0).sum(), self.rows)
 
 
 def _pad_rows(x_NM: Tensor, rows: int) -> Tensor:

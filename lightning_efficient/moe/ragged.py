@@ -151,7 +151,7 @@ class RaggedTransport:
         return add_shards(y_NM.index_select(0, self.copies.flatten()).view(*self.copies.shape, y_NM.shape[1]), 0)
 
     def _run(self, x_NM: Tensor, weights: ExpertWeights) -> Tensor:
-        y_NM = self.experts.ragged(x_NM.index_select(0, self.order), self.counts, weights)
+        y_NM = self.experts(x_NM.index_select(0, self.order), weights, self.counts)
         return torch.zeros_like(x_NM).index_copy(0, self.order, y_NM)
 
 

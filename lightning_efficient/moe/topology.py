@@ -142,6 +142,9 @@ class MoETopology:
         self.edp = groups.get("edp", Group("edp"))
         self.world = groups.get("world", Group("world"))
 
+    def __deepcopy__(self, memo: object) -> MoETopology:
+        return self  # a copy of a model works in the same groups
+
     @classmethod
     def create(cls, sizes: MoESizes, *, device_type: str = "cpu", timeout: timedelta | None = None) -> MoETopology:
         """Form the groups, on all ranks of the default process group together.

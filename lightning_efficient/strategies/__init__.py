@@ -7,8 +7,9 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_efficient.strategies.compressed_ddp import CompressedDDPStrategy
 from lightning_efficient.strategies.fully_sharded import FullyShardedStrategy
+from lightning_efficient.strategies.parm import ParmStrategy
 
-__all__ = ["CompressedDDPStrategy", "FullyShardedStrategy"]
+__all__ = ["CompressedDDPStrategy", "FullyShardedStrategy", "ParmStrategy"]
 
 _NAMES = {
     "acp_sgd": "DDP whose gradients travel as one low-rank factor per step (ACP-SGD)",
@@ -22,3 +23,9 @@ def register() -> None:
     """Register the strategies' names with Lightning; calling it again changes nothing."""
     for name, description in _NAMES.items():
         StrategyRegistry.register(name, CompressedDDPStrategy, description=description, override=True, compressor=name)
+    StrategyRegistry.register(
+        "parm",
+        ParmStrategy,
+        description="mixtures of experts spread over ranks, by schedules chosen from measured links (Parm)",
+        override=True,
+    )

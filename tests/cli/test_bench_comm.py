@@ -1,34 +1,31 @@
 """`bench comm`: real processes on this machine, its files, and wrong values."""
 
-import contextlib
 import json
 import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
+from lightning_efficient.cli import ranks
 from lightning_efficient.cli.bench.comm import main, parse_sizes
 from lightning_efficient.cli.errors import UserError
 from lightning_efficient.dissect import CommReport, read_json
-
-
-def run(*words: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "lightning_efficient", "bench", "comm", *words]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=cwd, env=env)
+from tests.support.commands import run_command
+from tests.support.ranks import rank_outcomes
 
 
 @pytest.mark.distributed
 def test_it_measures_two_processes_and_writes_what_it_prints(tmp_path: Path) -> None:
-    done = run(
-        "--sizes", "1KiB,64KiB", "--ops", "all_reduce", "broadcast", "--out", "here", "--json", "x.json", cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr
-    assert "gloo over 2 processes" in done.stdout
+    words = ["--sizes", "1KiB,64KiB", "--ops", "all_reduce", "broadcast", "--out", "here", "--json", "x.json"]
+    (done,) = run_command(["bench", "comm", *words], tmp_path)
+    assert done.value == 0, done
+    assert "gloo over 2 processes" in done.output
     report = read_json(CommReport, tmp_path / "x.json")
     assert report == read_json(CommReport, tmp_path / "here" / "comm.json")
     assert [(each.op, each.n_bytes) for each in report.points] == [
@@ -83,37 +80,39 @@ def test_a_world_size_that_torchrun_has_settled_is_refused(monkeypatch: pytest.M
         main(["--world-size", "5"])
 
 
+def _command_of_two_ranks(rank: int, world_size: int) -> int:
+    # Forked ranks start at once; a second is enough for one to end by itself, as no time is for one that is stopped.
+    start = ranks.start_processes
+
+    def fork(*args: Any, **options: Any) -> Any:
+        return start(*args, **{**options, "start_method": "fork"})
+
+    ranks.start_processes, ranks._GRACE_S = fork, 1.0
+    Path("pid").write_text(str(os.getpid()))
+    return main(["--sizes", "1MiB,2MiB", "--repeats", "1000000", "--timeout", "3s", "--json", "x.json"])
+
+
 @pytest.mark.distributed
-@pytest.mark.slow
-def test_a_process_that_stops_ends_the_command_with_the_reason(tmp_path: Path) -> None:
-    command = [
-        sys.executable, "-m", "lightning_efficient", "bench", "comm", "--sizes", "1MiB,2MiB", "--repeats", "1000000",
-        "--timeout", "3s", "--json", "x.json",
-    ]  # fmt: skip
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
-        ranks = _connected(psutil.Process(process.pid))
-        try:
-            ranks[1].suspend()
-            # The collective's timeout, the grace period of five seconds, and some for a loaded machine.
-            _, said = process.communicate(timeout=60)
-        finally:
-            process.kill()
-            for rank in ranks:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    rank.kill()
-    assert process.returncode == 1
-    assert "a rank is gone or the network is stuck" in said
+def test_a_process_that_stops_ends_the_command_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with ThreadPoolExecutor() as threads:
+        ending = threads.submit(rank_outcomes, _command_of_two_ranks, 1, timeout=60, group=False)
+        _connected(tmp_path / "pid")[1].suspend()
+        (ended,) = ending.result()
+    assert (ended.status, ended.value) == ("returned", 1)
+    assert "a rank is gone or the network is stuck" in ended.output
     assert not (tmp_path / "x.json").exists()
 
 
-def _connected(command: psutil.Process) -> list[psutil.Process]:
+def _connected(pid: Path) -> list[psutil.Process]:
     """The two ranks of a command, once they talk to each other."""
-    until = time.monotonic() + 60
+    until = time.monotonic() + 30
     while time.monotonic() < until:
-        ranks = [each for each in command.children() if any("spawn_main" in word for word in each.cmdline())]
-        if len(ranks) == 2 and all(each.net_connections(kind="tcp") for each in ranks):
+        command = pid.read_text() if pid.exists() else ""
+        found = psutil.Process(int(command)).children() if command else []
+        if len(found) == 2 and all(each.net_connections(kind="tcp") for each in found):
             time.sleep(1.0)  # from the first connection to the first collective
-            return ranks
+            return found
         time.sleep(0.1)
     raise AssertionError("the ranks never connected")
 

@@ -1,13 +1,12 @@
 """`lightning-efficient bench serve`, run as a user runs it."""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from lightning_efficient.cli import main as command_line
 from lightning_efficient.cli.bench.serve import main, parse_new_tokens
 from lightning_efficient.cli.bench.serve_model import model_of_recipe
 from lightning_efficient.cli.bench.serve_report import curve, headline
@@ -153,12 +152,10 @@ def test_a_plotted_distribution_keeps_its_end() -> None:
         assert points == sorted(points)
 
 
-def test_the_command_itself() -> None:
+def test_the_command_itself(capsys) -> None:
     words = ["bench", "serve", "-c", "llama/pretrain", "--requests", "8", "--prompt-tokens", "32", "--new-tokens", "16"]
-    command = [sys.executable, "-m", "lightning_efficient", *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "TTFT, continuous" in done.stdout
+    assert command_line(words) == 0
+    assert "TTFT, continuous" in capsys.readouterr().out
 
 
 def test_the_headline_says_which_is_faster_only_beyond_noise() -> None:

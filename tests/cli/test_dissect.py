@@ -1,6 +1,5 @@
 """`lightning-efficient dissect`, run as a user runs it."""
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import pytest
 
 from lightning_efficient.cli.main import main
 from lightning_efficient.dissect import DissectReport, Window, read_json
+from tests.support.commands import run_command
 
 SHRUNK = [
     *("--model.num_layers", "1", "--model.hidden_size", "32", "--model.num_heads", "2", "--model.ffn_size", "64"),
@@ -15,19 +15,19 @@ SHRUNK = [
 ]
 
 
-def command(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "lightning_efficient", "dissect", *words],
-        capture_output=True, text=True, timeout=150, check=False,
-    )  # fmt: skip
+def printed_by(words: list[str], folder: Path, *, world_size: int = 1) -> str:
+    """What the command, which has to succeed, prints on all ranks."""
+    ended = run_command(["dissect", *words], folder, world_size=world_size)
+    printed = "\n".join(rank.output for rank in ended)
+    assert [rank.value for rank in ended] == [0] * world_size, (printed, ended[0].error)
+    return printed
 
 
 @pytest.mark.distributed
 def test_a_recipe_on_two_processes(workplace: Path) -> None:
     words = ["--trainer.devices", "2", "--trainer.accelerator", "cpu", "--json", "other/it.json", "--out", "report"]
-    ended = command("-c", "llama/pretrain", *SHRUNK, *words)
+    printed = printed_by(["-c", "llama/pretrain", *SHRUNK, *words], workplace, world_size=2)
 
-    assert ended.returncode == 0, ended.stderr[-3000:]
     report = read_json(DissectReport, workplace / "report" / "dissect.json")
     assert read_json(DissectReport, workplace / "other" / "it.json") == report
     assert "<html" in (workplace / "report" / "dissect.html").read_text()
@@ -42,15 +42,14 @@ def test_a_recipe_on_two_processes(workplace: Path) -> None:
     assert {"model.model.layers.0.self_attn.q_proj", "model.lm_head", "<optimizer AdamW>"} <= names
     assert "all_reduce" in {each.op for each in report.collectives}
     # One rank prints, and nothing but the report is left behind.
-    printed = ended.stdout + ended.stderr
     assert printed.count("over 3 clean steps") == 1
     assert {each.name for each in workplace.iterdir()} == {"report", "other"}
 
 
+@pytest.mark.distributed
 def test_the_report_may_be_kept_off_the_screen(workplace: Path) -> None:
-    ended = command("-c", "llama/pretrain", *SHRUNK, "--trainer.accelerator", "cpu", "--quiet", "--memory", "0")
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    assert "clean steps" not in ended.stdout + ended.stderr
+    words = ["-c", "llama/pretrain", *SHRUNK, "--trainer.accelerator", "cpu", "--quiet", "--memory", "0"]
+    assert "clean steps" not in printed_by(words, workplace)
     report = read_json(DissectReport, workplace / "dissect" / "dissect.json")
     assert report.flops.model_per_step is None
     assert "memory=0" in report.flops.note

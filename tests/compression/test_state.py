@@ -22,6 +22,20 @@ MAKERS: dict[str, Callable[..., Compressor]] = {
 }
 FIRST, THEN = 5, 6  # an odd number: the factors are out of their first phase
 
+TARGETS: dict[str, tuple[int, dict[str, Any]]] = {
+    "2 ranks": (2, {}),
+    "2 ranks with other buckets": (2, {"bucket_cap_mb": 0.002, "gradient_as_bucket_view": True}),
+    "4 ranks with other buckets": (4, {"bucket_cap_mb": 0.01}),
+    "1 rank": (1, {}),
+}
+# Of all pairs of a start and a target: each of both, the same number of ranks, more and fewer.
+SAMPLE = [
+    (2, "2 ranks"),
+    (2, "4 ranks with other buckets"),
+    (4, "2 ranks with other buckets"),
+    (4, "1 rank"),
+]
+
 
 def _through_a_file(saved: dict[str, Any]) -> dict[str, Any]:
     file = io.BytesIO()
@@ -47,7 +61,7 @@ def _second_part(rank: int, world_size: int, starts: dict[str, Any], ddp_kwargs:
     }
 
 
-@pytest.fixture(scope="module", params=[2, 4], ids=["from 2 ranks", "from 4 ranks"])
+@pytest.fixture(scope="module")
 def saved(request: pytest.FixtureRequest) -> tuple[dict[str, Any], dict[str, Any]]:
     """The checkpoints rank 0 wrote, through a file, and the final weights of the runs that did not stop."""
     parts = run_ranks(_first_part, request.param)[0]
@@ -57,11 +71,21 @@ def saved(request: pytest.FixtureRequest) -> tuple[dict[str, Any], dict[str, Any
 
 
 @pytest.mark.parametrize(
-    ("ranks", "ddp_kwargs"),
-    [(2, {}), (2, {"bucket_cap_mb": 0.002, "gradient_as_bucket_view": True}), (4, {"bucket_cap_mb": 0.01}), (1, {})],
-    ids=["to 2 ranks", "to 2 ranks with other buckets", "to 4 ranks with other buckets", "to 1 rank"],
+    ("saved", "target"),
+    [
+        pytest.param(
+            start,
+            target,
+            id=f"from {start} ranks to {target}",
+            marks=[] if (start, target) in SAMPLE else [pytest.mark.exhaustive],
+        )
+        for start in (2, 4)
+        for target in TARGETS
+    ],
+    indirect=["saved"],
 )
-def test_a_resumed_run_equals_one_that_did_not_stop(saved: Any, ranks: int, ddp_kwargs: dict[str, Any]) -> None:
+def test_a_resumed_run_equals_one_that_did_not_stop(saved: Any, target: str) -> None:
+    ranks, ddp_kwargs = TARGETS[target]
     starts, straight = saved
     for results in run_ranks(_second_part, ranks, starts, ddp_kwargs):
         for name, result in results.items():

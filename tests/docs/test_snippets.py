@@ -1,24 +1,30 @@
 """What README and docs tell the reader to type works: every block is executed, shortened to a few steps."""
 
+import functools
 import itertools
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from lightning_efficient.cli.recipes import find_recipe
 from tests.docs.snippets import ROOT, Snippet, all_snippets, read_snippets
-from tests.support.ranks import rank_outcomes
+from tests.support.commands import run_command
+from tests.support.ranks import run_ranks
 
 SNIPPETS = all_snippets()
 RECIPE_KEYS = {"seed_everything", "trainer", "model", "data", "ckpt_path", "optimizer_guard"}
-# What a reader would wait minutes for stops after two steps; nothing else is changed.
+# What a reader would wait minutes for stops after two steps, or one case of a sweep; nothing else is changed.
 SHORTER = {
     "fit": "--trainer.max_steps 2 --trainer.limit_val_batches 1 --trainer.enable_progress_bar false",
     "validate": "--trainer.limit_val_batches 1",
@@ -26,18 +32,23 @@ SHORTER = {
     "predict": "--trainer.limit_predict_batches 1",
     "compression": "--steps 3",
     "dissect": "--warmup 1 --clean 2",
+    "bench -c small.yaml": "--only technique=none",
 }
 
 
-def cases(*languages: str) -> list[object]:
-    """The blocks of these languages as test cases; a text that stands on several pages runs once."""
+def blocks(*languages: str) -> list[Snippet]:
+    """The blocks of these languages that run; a text that stands on several pages does so once."""
     seen: dict[tuple[str, bool], Snippet] = {}
     for snippet in SNIPPETS:
         if snippet.language in languages and not snippet.file:
             seen.setdefault((snippet.text, bool(snippet.skip)), snippet)
+    return list(seen.values())
+
+
+def cases(snippets: list[Snippet], marks: Callable[[Snippet], list[pytest.MarkDecorator]] = lambda _: []) -> Any:
     return [
-        pytest.param(snippet, id=snippet.where, marks=[pytest.mark.skip(reason=snippet.skip)] if snippet.skip else [])
-        for snippet in seen.values()
+        pytest.param(each, id=each.where, marks=[pytest.mark.skip(reason=each.skip)] if each.skip else marks(each))
+        for each in snippets
     ]
 
 
@@ -81,36 +92,19 @@ def run(words: list[str], folder: Path) -> str:
 
 
 def run_cli(arguments: list[str], folder: Path, *, import_path: str = "") -> str:
-    """Run the command line on as many ranks as the recipe asks for.
-
-    The ranks are forked with lightning imported, which saves most of the time; that the installed command launches
-    processes of its own is tested with the command line and with the wheel.
-    """
+    """Run the command line on as many ranks as the recipe asks for."""
     subcommand = arguments[0]
     if "--help" not in arguments:
-        arguments = [*arguments, *shlex.split(SHORTER.get(subcommand, ""))]
+        typed = shlex.join(arguments)
+        fewer = next((words for what, words in SHORTER.items() if f"{typed} ".startswith(f"{what} ")), "")
+        arguments = [*arguments, *shlex.split(fewer)]
     world_size = devices(arguments, folder) if subcommand in SHORTER else 1
-    outcomes = rank_outcomes(
-        cli_rank, world_size, arguments, str(folder), import_path, timeout=120, group=world_size > 1
-    )
+    outcomes = run_command(arguments, folder, world_size=world_size, import_path=import_path)
     printed = "\n".join(outcome.output for outcome in outcomes)
     for outcome in outcomes:
         assert outcome.status == "returned", f"{shlex.join(arguments)}: {outcome.status}\n{outcome.error}\n{printed}"
     assert not any(outcome.value for outcome in outcomes) or "error: " in printed, printed
     return f"exit code {outcomes[0].value}\n{printed}"
-
-
-def cli_rank(rank: int, world_size: int, arguments: list[str], folder: str, import_path: str) -> int:
-    from lightning_efficient.cli import main
-
-    os.chdir(folder)
-    if import_path:
-        sys.path.insert(0, import_path)
-    sys.argv = ["lightning-efficient", *arguments]
-    try:
-        return main(arguments)
-    except SystemExit as exit_:
-        return int(exit_.code or 0)
 
 
 def devices(arguments: list[str], folder: Path) -> int:
@@ -127,19 +121,51 @@ def devices(arguments: list[str], folder: Path) -> int:
     return count if isinstance(count, int) else 1
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("snippet", cases("python"))
-def test_python_block_runs(snippet: Snippet, tmp_path: Path) -> None:
-    write_files(snippet.page, tmp_path)
-    script = tmp_path / "snippet.py"
-    script.write_text(snippet.text, encoding="utf-8")
-    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=150)
-    assert done.returncode == 0, f"{snippet.where}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+def is_a_first_try(snippet: Snippet) -> bool:
+    return snippet.page == "README.md"
+
+
+def script_rank(rank: int, world_size: int, script: str) -> None:
+    os.chdir(Path(script).parent)
+    sys.path.insert(0, str(Path(script).parent))
+    sys.argv = [script]
+    # What the script itself starts is forked as well.
+    torch.multiprocessing.spawn = functools.partial(torch.multiprocessing.start_processes, start_method="fork")
+    runpy.run_path(script, run_name="__main__")
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("snippet", cases("yaml"))
+@pytest.mark.parametrize("snippet", cases([each for each in blocks("python") if not is_a_first_try(each)]))
+def test_python_block_runs(snippet: Snippet, tmp_path: Path) -> None:
+    """On as many ranks as its Trainer asks for, forked with lightning imported, which saves most of the time."""
+    asked = re.search(r"\bdevices=(\d+)", snippet.text)
+    world_size = int(asked[1]) if asked else 1
+    script = write_script(snippet, tmp_path)
+    run_ranks(script_rank, world_size, str(script), timeout=150, group=world_size > 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "snippet", cases(blocks("python"), lambda each: [] if is_a_first_try(each) else [pytest.mark.exhaustive])
+)
+def test_python_block_runs_as_a_script(snippet: Snippet, tmp_path: Path) -> None:
+    """In an interpreter of its own: it imports all that it uses, and what it launches starts."""
+    script = write_script(snippet, tmp_path)
+    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0, f"{snippet.where}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+
+
+def write_script(snippet: Snippet, folder: Path) -> Path:
+    write_files(snippet.page, folder)
+    script = folder / "snippet.py"
+    script.write_text(snippet.text, encoding="utf-8")
+    return script
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("snippet", cases(blocks("yaml")))
 def test_yaml_block_trains(snippet: Snippet, tmp_path: Path) -> None:
     keys = set(yaml.safe_load(snippet.text))
     assert keys <= RECIPE_KEYS, f"{snippet.where} is no recipe: unknown {sorted(keys - RECIPE_KEYS)}"
@@ -151,7 +177,7 @@ def test_yaml_block_trains(snippet: Snippet, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("snippet", cases("bash", "console"))
+@pytest.mark.parametrize("snippet", cases(blocks("bash", "console")))
 def test_commands_work_and_print_what_the_page_says(snippet: Snippet, tmp_path: Path) -> None:
     write_files(snippet.page, tmp_path)
     for command in commands(snippet):
@@ -168,8 +194,10 @@ def test_what_quickstart_says_to_try_next_works(tmp_path: Path) -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     suggested = re.findall(r'@echo "  (lightning-efficient .*?)  +', makefile)
     assert len(suggested) >= 3
+    on_a_page = {shlex.join(each.words) for block in blocks("bash") if not block.skip for each in commands(block)}
     for command in suggested:
-        assert run(shlex.split(command), tmp_path).startswith("exit code 0"), command
+        if command not in on_a_page:  # it runs with its page
+            assert run(shlex.split(command), tmp_path).startswith("exit code 0"), command
 
 
 def test_a_file_block_is_used_by_a_block_that_runs() -> None:

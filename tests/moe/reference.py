@@ -20,6 +20,8 @@ class Result:
     d_router: Tensor
     d_experts: dict[str, Tensor]
     aux: Tensor
+    balance: Tensor
+    z: Tensor
     dropped: int
 
 
@@ -34,11 +36,14 @@ def reference(layer: MoELayer, x_DSM: Tensor, grad_DSM: Tensor, *, slices: int =
     """
     weights = {name: each.detach().clone().requires_grad_() for name, each in layer.named_parameters()}
     x_DSM = x_DSM.detach().clone().requires_grad_()
-    outputs, losses, auxes, dropped = [], [], [], 0
+    outputs, losses, auxes, balances, zs, dropped = [], [], [], [], [], 0
     for x_SM, grad_SM in zip(x_DSM, grad_DSM, strict=True):
-        y_SM, aux, lost = one_group(layer, weights, x_SM, slices)
+        y_SM, balance, z, lost = one_group(layer, weights, x_SM, slices)
+        aux = layer.aux_loss_coef * balance + layer.z_loss_coef * z
         outputs.append(y_SM)
         auxes.append(aux)
+        balances.append(balance)
+        zs.append(z)
         losses.append((y_SM * grad_SM).sum() + aux)
         dropped += lost
     (torch.stack(losses).mean()).backward()
@@ -53,16 +58,21 @@ def reference(layer: MoELayer, x_DSM: Tensor, grad_DSM: Tensor, *, slices: int =
         grad("router.weight"),
         {name: grad(name) for name in weights if name.startswith("experts.")},
         torch.stack(auxes).detach(),
+        torch.stack(balances).detach(),
+        torch.stack(zs).detach(),
         dropped,
     )
 
 
-def one_group(layer: MoELayer, weights: dict[str, Tensor], x_SM: Tensor, slices: int) -> tuple[Tensor, Tensor, int]:
+def one_group(
+    layer: MoELayer, weights: dict[str, Tensor], x_SM: Tensor, slices: int
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Return the outputs, the load-balancing loss, the z-loss, and how many assignments were dropped."""
     router, S = layer.router, x_SM.shape[0]
     part = math.ceil(S / slices)
     E, k = router.num_experts, router.top_k
     y_SM = torch.zeros_like(x_SM)
-    counts, dropped = torch.zeros(E), 0
+    counts, dropped = torch.zeros(E, dtype=x_SM.dtype), 0
     logits_SE = x_SM @ weights["router.weight"].T
     probs_SE = logits_SE.softmax(-1)
     known_SE = probs_SE.tolist()
@@ -95,9 +105,9 @@ def one_group(layer: MoELayer, weights: dict[str, Tensor], x_SM: Tensor, slices:
             rows.append(row)
         y_SM = torch.cat((y_SM[:begin], torch.stack(rows), y_SM[begin + len(rows) :]))
     share_E = counts / (k * S)
-    balance = E * (probs_SE.mean(0) * share_E.to(probs_SE.dtype)).sum()
+    balance = E * (probs_SE.mean(0) * share_E).sum()
     z = logits_SE.logsumexp(-1).square().mean()
-    return y_SM, layer.aux_loss_coef * balance + layer.z_loss_coef * z, dropped
+    return y_SM, balance, z, dropped
 
 
 def expert(layer: MoELayer, weights: dict[str, Tensor], e: int, x_M: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-TARGETS = ("quickstart", "test", "lint", "docs", "bench", "clean", "help")
+TARGETS = ("quickstart", "test", "test-all", "lint", "docs", "bench", "clean", "help")
 
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.plugins.table import ROWS, Setting
+from tests.plugins.table import ROWS, Row, Setting
 from tests.plugins.tiny import BATCHES, TinyData, TinyModule, flat_weights
 from tests.support.trainers import make_trainer
 
@@ -40,9 +40,11 @@ class Training:
 
 def train(rank: int, world_size: int, name: str) -> Training:
     row = ROWS[name]
-    in_oracles = {key: _fit(world_size, oracle, max_epochs=EPOCHS)[0] for key, oracle in row.oracles.items()}
+    in_oracles = {
+        key: _fit(world_size, oracle, module=row.module, max_epochs=EPOCHS)[0] for key, oracle in row.oracles.items()
+    }
     threads = set(threading.enumerate())
-    module, at_start = TinyModule(row.optimizer), _AtStart()
+    module, at_start = row.module(row.optimizer), _AtStart()
     args = row.trainer()
     trainer = make_trainer(world_size, max_epochs=10, **{**args, "callbacks": [*args.get("callbacks", []), at_start]})
     before = row.activity(trainer)
@@ -74,17 +76,19 @@ class State:
 
 def stop_and_go_on(rank: int, world_size: int, name: str, folder: str) -> State:
     row = ROWS[name]
-    in_one_go, _ = _fit(world_size, row, max_epochs=EPOCHS)
+    in_one_go, _ = _fit(world_size, row, module=row.module, max_epochs=EPOCHS)
 
     args = row.trainer()
     saver = ModelCheckpoint(dirpath=folder, filename="{epoch}", save_top_k=-1)
     args["callbacks"] = [*args.get("callbacks", []), saver]
-    twice, trainer = _fit(world_size, row, trainer_args=args, enable_checkpointing=True, max_epochs=1)
+    twice, trainer = _fit(
+        world_size, row, module=row.module, trainer_args=args, enable_checkpointing=True, max_epochs=1
+    )
     trainer.fit_loop.max_epochs = EPOCHS
     trainer.fit(twice, TinyData())
 
     path = Path(folder) / "epoch=0.ckpt"
-    resumed, _ = _fit(world_size, row, ckpt_path=str(path), max_epochs=EPOCHS)
+    resumed, _ = _fit(world_size, row, module=row.module, ckpt_path=str(path), max_epochs=EPOCHS)
     return State(
         in_one_go=flat_weights(in_one_go),
         resumed=flat_weights(resumed),
@@ -111,10 +115,14 @@ class Modes:
 
 def other_modes(rank: int, world_size: int, name: str) -> Modes:
     row = ROWS[name]
-    big, _ = _fit(world_size, row, max_epochs=EPOCHS)
-    small, _ = _fit(world_size, row, TinyData(accumulate=2), max_epochs=EPOCHS, accumulate_grad_batches=2)
-    bf16, _ = _fit(world_size, row, max_epochs=10, precision="bf16-mixed")
+    module = row.module
+    big, _ = _fit(world_size, row, module=module, max_epochs=EPOCHS)
+    small, _ = _fit(
+        world_size, row, TinyData(accumulate=2), module=module, max_epochs=EPOCHS, accumulate_grad_batches=2
+    )
+    bf16, _ = _fit(world_size, row, module=module, max_epochs=10, precision="bf16-mixed")
     plain: dict[str, Any] = {"strategy": "ddp"}
+    plain.update({name: each for name, each in row.trainer().items() if name == "precision"})
     return Modes(
         big_batch=flat_weights(big),
         accumulated=flat_weights(small),
@@ -133,45 +141,48 @@ def _fit(
     setting: Setting,
     data: TinyData | None = None,
     *,
+    module: type[TinyModule],
     trainer_args: dict[str, Any] | None = None,
     ckpt_path: str | None = None,
     **kwargs: Any,
 ) -> tuple[TinyModule, Trainer]:
-    module = TinyModule(setting.optimizer)
+    trained = module(setting.optimizer)
     if "precision" not in kwargs:  # a checkpoint is restored before the Trainer converts the module to float64
-        module.double()
+        trained.double()
     trainer = make_trainer(world_size, **{**(trainer_args or setting.trainer()), **kwargs})
-    trainer.fit(module, data or TinyData(), ckpt_path=ckpt_path)
+    trainer.fit(trained, data or TinyData(), ckpt_path=ckpt_path)
     assert trainer.global_step == BATCHES * kwargs["max_epochs"]
-    return module, trainer
+    return trained, trainer
 
 
-def _validate(world_size: int, row: Setting, args: dict[str, Any]) -> float:
-    (metrics,) = make_trainer(world_size, **args).validate(TinyModule(row.optimizer), TinyData(), verbose=False)
+def _validate(world_size: int, row: Row, args: dict[str, Any]) -> float:
+    (metrics,) = make_trainer(world_size, **args).validate(row.module(row.optimizer), TinyData(), verbose=False)
     return float(metrics["val_loss"])
 
 
-def _predict(world_size: int, row: Setting, args: dict[str, Any]) -> Tensor:
-    predicted = make_trainer(world_size, **args).predict(TinyModule(row.optimizer), TinyData())
+def _predict(world_size: int, row: Row, args: dict[str, Any]) -> Tensor:
+    predicted = make_trainer(world_size, **args).predict(row.module(row.optimizer), TinyData())
     return torch.cat(predicted)  # type: ignore[arg-type]
 
 
 class _AtStart(Callback):
-    """Watches the DDP wrapper without keeping it alive, and keeps the weights that training starts from."""
+    """Watches a DDP wrapper without keeping it alive, and keeps the weights that training starts from."""
 
     def __init__(self) -> None:
         self._ref: weakref.ref[nn.Module] | None = None
         self.start: Tensor | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        assert isinstance(trainer.strategy.model, DistributedDataParallel)
-        self._ref = weakref.ref(trainer.strategy.model)
+        if isinstance(trainer.strategy.model, DistributedDataParallel):
+            self._ref = weakref.ref(trainer.strategy.model)
+        else:
+            assert trainer.strategy.model is pl_module
         self.start = flat_weights(pl_module).double()
 
     def alive(self) -> bool:
         gc.collect()
-        assert self._ref is not None, "fit never started"
-        return self._ref() is not None
+        assert self.start is not None, "fit never started"
+        return self._ref is not None and self._ref() is not None
 
 
 _MODULE_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

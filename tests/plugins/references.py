@@ -19,9 +19,11 @@ Gradients = dict[str, Tensor]
 Reduce = Callable[[list[Gradients]], Gradients]
 
 
-def train_reference(reference: Reference, *, world_size: int, epochs: int) -> Tensor:
-    """Train `TinyModule` in float64 and return its final weights as one vector."""
-    module = TinyModule().double()
+def train_reference(
+    reference: Reference, *, world_size: int, epochs: int, make_module: type[TinyModule] = TinyModule
+) -> Tensor:
+    """Train the tiny module in float64 and return its final weights as one vector."""
+    module = make_module().double()
     step = reference(module)
     for _ in range(epochs):
         for batch in joint_batches():

@@ -19,19 +19,20 @@ from lightning_efficient.callbacks import (
     CompressionMonitor,
     Dissect,
     LoRAFA,
+    MoEMonitor,
     OptimizerGuard,
     PEFTAdapter,
 )
 from lightning_efficient.compression import ACPSGD, Compressor, HalfPrecision, PowerSGD, SignSGD, TopK
 from lightning_efficient.optimizers import Eva, EvaP
-from lightning_efficient.strategies import CompressedDDPStrategy
+from lightning_efficient.strategies import CompressedDDPStrategy, ParmStrategy
 from tests.plugins import references
 from tests.plugins.reference_eva import eva, eva_s
 from tests.plugins.reference_eva_p import eva_p
 from tests.plugins.reference_lora_fa import lora_fa
 from tests.plugins.reference_peft import peft_by_hand
 from tests.plugins.references import Reduce, Reference, exchanging
-from tests.plugins.tiny import PLAIN_SGD, MakeOptimizer, TinyModule, sgd
+from tests.plugins.tiny import PLAIN_SGD, MakeOptimizer, TinyModule, TinyMoEModule, sgd
 
 TrainerArgs = dict[str, Any]
 
@@ -76,12 +77,14 @@ class Row(Setting):
         plugin: Finds what the recipe describes in a Trainer, or makes it of the module; nothing has run yet.
         activity: Reads the counter that moves when it does something.
         oracles: Settings in which it must equal a reference, by name; one of them is exact or the identity.
+        module: What trains.
     """
 
     yaml: dict[str, Any]
     plugin: Callable[[pl.Trainer, TinyModule], Any]
     activity: Callable[[pl.Trainer], float]
     oracles: dict[str, Oracle]
+    module: type[TinyModule] = TinyModule
 
 
 def compressing(make: Callable[[], Compressor | str], **kwargs: Any) -> Callable[[], TrainerArgs]:
@@ -193,6 +196,57 @@ def eva_row(reference: Reference, **init_args: Any) -> Row:
     )
 
 
+def parm_row(
+    plugin: Callable[[pl.Trainer], Any],
+    activity: Callable[[pl.Trainer], float],
+    *callbacks: type[Callback],
+    **by_name: Any,
+) -> Row:
+    """A row of what works on experts that are spread over ranks.
+
+    Lightning allows no precision 64-true here; a float64 module under 32-true stays what it is.
+    """
+
+    def spread(*sizes: int, schedule: str) -> Callable[[], TrainerArgs]:
+        return lambda: {
+            "strategy": ParmStrategy(*sizes, schedule=schedule, save_distributed_checkpoint=False),
+            "precision": "32-true",
+            "callbacks": [each(**by_name) for each in callbacks],
+        }
+
+    def oracle(*sizes: int, schedule: str) -> Oracle:
+        reference = exchanging(lambda: references.mean, MOMENTUM)
+        return Oracle(trainer=spread(*sizes, schedule=schedule), optimizer=MOMENTUM, reference=reference)
+
+    yaml = {
+        "strategy": {
+            "class_path": "lightning_efficient.strategies.ParmStrategy",
+            "init_args": {"expert_parallel_size": 2, "schedule": "s1_hier/2", "save_distributed_checkpoint": False},
+        },
+        "precision": "32-true",
+        "callbacks": [
+            {"class_path": f"lightning_efficient.callbacks.{each.__name__}", "init_args": by_name} for each in callbacks
+        ],
+    }
+    return Row(
+        trainer=spread(1, 2, 1, schedule="s1_hier/2"),
+        optimizer=MOMENTUM,
+        yaml={"trainer": yaml},
+        plugin=lambda trainer, _: plugin(trainer),
+        activity=activity,
+        oracles={
+            "experts apart": oracle(1, 2, 1, schedule="s1_hier/2"),
+            "experts cut": oracle(1, 1, 2, schedule="s1/1"),
+            "experts everywhere": oracle(1, 1, 1, schedule="s2/1"),
+        },
+        module=TinyMoEModule,
+    )
+
+
+def moe_monitor(trainer: pl.Trainer) -> MoEMonitor:
+    return next(each for each in trainer.callbacks if isinstance(each, MoEMonitor))  # type: ignore[attr-defined]
+
+
 def peft_row() -> Row:
     return callback_row(
         PEFTAdapter,
@@ -205,6 +259,8 @@ def peft_row() -> Row:
     )
 
 
+MOMENTUM: MakeOptimizer = partial(SGD, lr=0.2, momentum=0.9)
+"""Lightning cannot resume an optimizer without state from a single file under model parallelism."""
 ADAM: MakeOptimizer = partial(Adam, lr=0.03)
 LORA_FA: dict[str, Any] = {"r": 4, "alpha": 8.0, "seed": 5}
 LORA_FA_ARGS: dict[str, Any] = {"model_attr": "net", "adapter_dtype": "float64", **LORA_FA}
@@ -329,4 +385,11 @@ ROWS: dict[str, Row] = {
         reference=lora_fa(**LORA_FA, optimizer=ADAM),
     ),
     "PEFTAdapter": peft_row(),
+    "parm": parm_row(lambda trainer: trainer.strategy, lambda trainer: trainer.strategy.stats.bytes_sent),  # type: ignore[attr-defined]
+    "MoEMonitor": parm_row(
+        moe_monitor,
+        lambda trainer: moe_monitor(trainer).stats.get("moe/bytes_per_step", 0.0),
+        MoEMonitor,
+        every_n_steps=2,
+    ),
 }

@@ -56,7 +56,9 @@ def test_the_ranks_stay_bit_identical(training: list[Training]) -> None:
 
 def test_it_equals_its_oracles(row_name: str, training: list[Training]) -> None:
     for key, oracle in ROWS[row_name].oracles.items():
-        expected = train_reference(oracle.reference, world_size=WORLD_SIZE, epochs=EPOCHS)
+        expected = train_reference(
+            oracle.reference, world_size=WORLD_SIZE, epochs=EPOCHS, make_module=ROWS[row_name].module
+        )
         for rank in training:
             close(rank.in_oracles[key], expected)
 

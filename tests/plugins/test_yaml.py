@@ -63,7 +63,7 @@ def test_a_recipe_survives_the_round_trip(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ROWS)
 def test_a_recipe_builds_what_python_builds(name: str, tmp_path: Path) -> None:
     row = ROWS[name]
-    plugin = row.plugin(make_trainer(2, **row.trainer()), TinyModule(row.optimizer))
+    plugin = row.plugin(make_trainer(2, **row.trainer()), row.module(row.optimizer))
     assert built(name, recipe(tmp_path / "recipe.yaml", row.yaml)) == (type(plugin), settings(plugin))
 
 

@@ -7,9 +7,12 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import SGD, Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 from typing_extensions import override
+
+from lightning_efficient.moe import MoELayer
 
 BATCHES, ROWS, FEATURES, CLASSES = 3, 16, 12, 4
 """Three steps an epoch: an odd number, so that what alternates from step to step is resumed in the other phase."""
@@ -73,6 +76,25 @@ class TinyModule(pl.LightningModule):
         return self._optimizer
 
 
+class TinyMoEModule(TinyModule):
+    """A layer of four experts between two dense ones; nothing is dropped, and the loss is a mean over rows."""
+
+    def __init__(self, optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=0.5)) -> None:
+        super().__init__(optimizer)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.net = nn.Sequential(
+                nn.Linear(FEATURES, 16),
+                nn.Tanh(),
+                MoELayer(16, 16, 4, capacity_factor=None, aux_loss_coef=0.0),
+                nn.Linear(16, CLASSES),
+            )
+
+    @override
+    def configure_model(self) -> None:
+        """The strategy spreads the experts after this."""
+
+
 class TinyData(pl.LightningDataModule):
     """`BATCHES` joint batches of `ROWS` rows, dealt out to the ranks.
 
@@ -115,4 +137,9 @@ def share(batch: Batch, rank: int, world_size: int) -> Batch:
 
 def flat_weights(module: nn.Module) -> Tensor:
     """A copy of all parameters as one vector."""
-    return torch.cat([p.detach().flatten() for p in module.parameters()]).clone()
+    return torch.cat([_whole(p.detach()).flatten() for p in module.parameters()]).clone()
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """A collective where ranks hold parts of it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

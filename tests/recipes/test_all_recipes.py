@@ -14,6 +14,7 @@ from lightning_efficient.callbacks import LoRAFA, PEFTAdapter
 from lightning_efficient.cli import EfficientCLI, main
 from lightning_efficient.cli.recipes import Recipe, shipped_recipes
 from lightning_efficient.optimizers import Eva, EvaP
+from lightning_efficient.strategies import ParmStrategy
 from tests.support.ranks import run_ranks
 
 RECIPES = [recipe for recipe in shipped_recipes() if not recipe.sweep]
@@ -24,6 +25,7 @@ COMPRESSED = {"quickstart", *(f"{name}/digits" for name in ("acp_sgd", "power_sg
     "lora_fa/acp_sgd",
 }
 SHARDED = {"bench/techniques/Z2", "bench/techniques/Z3"}
+PARM = {f"moe/{name}" for name in ("parm", "deepspeed_order", "parm_gpu", "hf_mixtral")}
 ON_CUDA_ALONE = {f"bench/techniques/{name}" for name in ("Q", "QL", "Z2O", "Z3O")}
 EVA = {"eva/published_digits_ae", "eva/eva_f_char_llama", "eva/eva_f_resnet_digits", "eva/eva_p_char_llama"} | {
     "lora_fa/eva_p",
@@ -46,6 +48,8 @@ TWO_STEPS = [
 ]
 SMALL_LLAMA = ["--model.hidden_size=32", "--model.ffn_size=64", "--model.num_heads=2", "--model.num_layers=2"]
 SHORT_TEXT = ["--data.block_size=32", "--data.batch_size=2"]
+# Which of the measured schedules wins is for other tests.
+UNMEASURED = ["--trainer.strategy.init_args.schedule=s1_hier/2"]
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,21 @@ CASES = {
     "lora_fa/pretrain": Case(changes=SHORT_TEXT, checkpoints=True),
     "models/llama_160m": Case(base=("llama/pretrain",), changes=[*SMALL_LLAMA, *SHORT_TEXT]),
     "models/llama_1.3b": Case(base=("llama/pretrain",), changes=[*SMALL_LLAMA, *SHORT_TEXT]),
+    "moe/parm": Case(changes=[*SHORT_TEXT, "--trainer.strategy.init_args.trials=0"], checkpoints=True),
+    "moe/deepspeed_order": Case(base=("moe/parm",), changes=SHORT_TEXT),
+    # Four of its eight ranks.
+    "moe/parm_gpu": Case(
+        changes=[
+            *SMALL_LLAMA,
+            *SHORT_TEXT,
+            *UNMEASURED,
+            "--model.num_kv_heads=2",
+            "--model.num_experts=4",
+            "--trainer.devices=4",
+            "--trainer.strategy.init_args.expert_parallel_size=2",
+        ]
+    ),
+    "moe/hf_mixtral": Case(changes=[*SHORT_TEXT, *UNMEASURED]),
     "quickstart": Case(changes=SHORT_TEXT),
 }
 
@@ -109,7 +128,7 @@ def every_recipe() -> Any:
 
 
 def test_there_are_recipes() -> None:
-    assert {recipe.name for recipe in RECIPES} >= COMPRESSED | EVA | LORA_FA | CASES.keys()
+    assert {recipe.name for recipe in RECIPES} >= COMPRESSED | EVA | LORA_FA | PARM | CASES.keys()
 
 
 @every_recipe()
@@ -122,9 +141,9 @@ def test_the_first_line_says_what_it_does(recipe: Recipe) -> None:
 def test_it_parses_unchanged_and_what_is_parsed_parses_to_the_same(
     recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert parsed(words(recipe), capsys).items() >= {"seed_everything": 0, "optimizer_guard": True}.items()
-
     whole = parsed(words(recipe), capsys)
+    assert whole.items() >= {"seed_everything": 0, "optimizer_guard": True}.items()
+
     (tmp_path / "whole.yaml").write_text(yaml.safe_dump(whole))
     assert parsed(["fit", "-c", str(tmp_path / "whole.yaml")], capsys) == whole
 
@@ -145,6 +164,10 @@ def fit_two_steps(rank: int, world_size: int, arguments: list[str]) -> dict[str,
         shown |= {"reductions": compressor.stats.steps, "bytes_sent": compressor.stats.bytes_sent}
     if isinstance(optimizer := trainer.optimizers[0], (Eva, EvaP)):
         shown |= {"preconditioned_steps": optimizer.stats.counted_steps}
+    if isinstance(trainer.strategy, ParmStrategy):
+        stats = trainer.strategy.stats
+        shown |= {"expert_rows": stats.rows, "moe_bytes": stats.layers.total_bytes}
+        shown |= {name: float(trainer.callback_metrics[name]) for name in ("aux_loss", "dropped")}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, (LoRAFA, PEFTAdapter)):
             shown |= callback.stats
@@ -163,7 +186,7 @@ def test_it_trains_two_steps_offline(recipe: Recipe, tmp_path: Path, monkeypatch
         pytest.importorskip("transformers")
     if "digits" in recipe.name:
         pytest.importorskip("sklearn")
-    world_size = 2 if recipe.name in COMPRESSED | SHARDED else 1
+    world_size = 2 if recipe.name in COMPRESSED | SHARDED else 4 if recipe.name in PARM else 1
     case = CASES.get(recipe.name, Case())
 
     checkpoints = [f"--trainer.enable_checkpointing={str(case.checkpoints).lower()}"]
@@ -183,6 +206,9 @@ def test_it_trains_two_steps_offline(recipe: Recipe, tmp_path: Path, monkeypatch
             assert each["lora_fa/adapted"] == 28
             assert each["lora_fa/fell_back"] == 0
             assert each["lora_fa/saved_mib"] > 0
+        if recipe.name in PARM:
+            assert min(each["expert_rows"], each["moe_bytes"], each["aux_loss"]) > 0
+            assert 0 <= each["dropped"] < 1
         if recipe.name == BENCH_LFA:
             assert each["lora_fa/adapted"] == 28
         if recipe.name == "bench/techniques/L":

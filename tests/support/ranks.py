@@ -1,9 +1,9 @@
 """Run a function on several real ranks: one process each, joined by gloo, with a hard timeout and no orphans.
 
-Ranks are forked from a server process that imported torch and lightning once, because importing them anew costs
-seconds per rank and there are hundreds of multi-rank tests. The server has one thread and has run no operator, so
-the fork is safe. `start_method="spawn"` gives each rank a fresh interpreter instead, with a string hash seed of its
-own: use it where code may depend on Python's `hash()`.
+Ranks are forked from a server process that imported torch, lightning, pytest and this package once, because importing
+them anew costs seconds per rank and there are hundreds of multi-rank tests. The server has one thread and has run no
+operator, so the fork is safe. `start_method="spawn"` gives each rank a fresh interpreter instead, with a string hash
+seed of its own: use it where code may depend on Python's `hash()`.
 
     def claim(rank, world_size, scale):
         x = torch.full((2,), float(rank)) * scale
@@ -33,7 +33,10 @@ from tests.support._rank import STACK_SIGNAL, Job, Status, rank_main
 Env = Mapping[str, str] | Sequence[Mapping[str, str]] | None
 StartMethod = Literal["forkserver", "spawn"]
 
-_PRELOAD = ["torch", "torch.distributed", "torch.nn.parallel", "lightning.pytorch"]
+_PRELOAD = [
+    *("torch", "torch.distributed", "torch.nn.parallel", "lightning.pytorch", "lightning.pytorch.cli", "pytest"),
+    *(f"lightning_efficient.{part}" for part in ("callbacks", "data", "models", "strategies")),
+]
 _EXIT_GRACE_S = 10.0
 _OUTPUT_TAIL = 6000
 
@@ -138,7 +141,7 @@ def _run(
         raise ValueError(f"{len(netns)} namespaces for {world_size} ranks: name one for each rank.")
     payload = _pickled_call(fn, args)
     folder = tempfile.mkdtemp(prefix="ranks-")
-    context = _context(start_method)
+    context = context_of(start_method)
     began = time.monotonic()
     ranks: list[_Rank] = []
     try:
@@ -324,7 +327,8 @@ def _environment(rank: int, world_size: int, env: Env) -> dict[str, str]:
     return {**os.environ, **launcher, **(wishes if isinstance(wishes, Mapping) else wishes[rank])}
 
 
-def _context(start_method: StartMethod) -> Any:
+def context_of(start_method: StartMethod) -> Any:
+    """The multiprocessing context whose processes start as ranks do."""
     context = multiprocessing.get_context(start_method)
     if isinstance(context, multiprocessing.context.ForkServerContext):
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # OpenMP reads it when the server loads torch

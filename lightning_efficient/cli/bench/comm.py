@@ -6,7 +6,6 @@ import argparse
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -14,16 +13,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from torch.multiprocessing.spawn import ProcessException, start_processes
 
 from lightning_efficient.cli.errors import CommandParser, UserError
+from lightning_efficient.cli.ranks import run_on_ranks, settle_backend, settle_ranks
 from lightning_efficient.dissect.collectives import OPS, SIZES, CommReport, sweep
 from lightning_efficient.dissect.report.html import Section, markdown, page
 from lightning_efficient.dissect.report.svg import line_chart
 from lightning_efficient.dissect.report.tables import Column, Table
 from lightning_efficient.dissect.result import write_json
 
-_GRACE_S = 5.0  # for the other processes to end by themselves after one has failed
 _UNITS = {"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 _DESCRIPTION = """\
 Times collectives over sizes, fits latency and bandwidth to them, and prints both. Starts its processes itself, or joins
@@ -50,23 +48,8 @@ def main(argv: Sequence[str]) -> int:
         UserError: An option is wrong.
     """
     options = _parser().parse_args(list(argv))
-    joins = int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ  # torchrun
-    _check(options, joins)
-    if joins:
-        _run(int(os.environ["RANK"]), options, "env://", options.world_size)
-        return 0
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = (options, f"file://{folder}/rendezvous", options.world_size)
-        try:
-            processes = start_processes(
-                _run, args=arguments, nprocs=options.world_size, join=False, start_method="spawn"
-            )
-            while not processes.join(grace_period=_GRACE_S):
-                pass
-        except ProcessException as error:
-            sys.stderr.write(f"error: a process failed: {str(error).strip().splitlines()[-1]}\n")
-            return 1
-    return 0
+    _check(options)
+    return run_on_ranks(_run, options, options.world_size)
 
 
 def parse_sizes(text: str) -> tuple[int, ...]:
@@ -144,14 +127,14 @@ def _chart(report: CommReport, op: str) -> str:
     return line_chart(series, title=op, x_label="size", y_label="time", log_x=True, log_y=True, x_unit="B", y_unit="s")
 
 
-def _run(rank: int, options: argparse.Namespace, rendezvous: str, world_size: int) -> None:
+def _run(rank: int, options: argparse.Namespace, rendezvous: str) -> None:
     if options.backend == "nccl":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)))
     dist.init_process_group(
         options.backend,
         init_method=rendezvous,
         rank=rank,
-        world_size=world_size,
+        world_size=options.world_size,
         timeout=timedelta(seconds=options.timeout),
     )
     try:
@@ -184,28 +167,14 @@ def _show(report: CommReport, options: argparse.Namespace) -> None:
         sys.stdout.write(f"\nWrote {options.out / 'comm.html'}, comm.md and comm.json.\n")
 
 
-def _check(options: argparse.Namespace, joins: bool) -> None:
+def _check(options: argparse.Namespace) -> None:
     options.sizes = parse_sizes(options.sizes) if options.sizes else SIZES
     options.budget, options.timeout = _seconds("budget", options.budget), _seconds("timeout", options.timeout)
-    started = int(os.environ["WORLD_SIZE"]) if joins else None
-    if started is not None and options.world_size not in (None, started):
-        raise UserError(
-            f"--world-size {options.world_size}: torchrun has started {started} processes. Leave the option out."
-        )
-    options.world_size = started or (2 if options.world_size is None else options.world_size)
+    options.world_size = settle_ranks("--world-size", options.world_size)
     for name, value, least in (("world-size", options.world_size, 2), ("repeats", options.repeats, 1)):
         if value < least:
             raise UserError(f"--{name} {value}: {least} or more are needed to measure a link. Give {least} or more.")
-    # Of this machine: NCCL refuses two processes on one GPU.
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", options.world_size)) if joins else options.world_size
-    devices = torch.cuda.device_count() if dist.is_nccl_available() else 0
-    if options.backend == "auto":
-        options.backend = "nccl" if devices >= here else "gloo"
-    if options.backend == "nccl" and devices < here:
-        raise UserError(
-            f"--backend nccl: {here} processes on this machine need a CUDA device each, and there are {devices}. Use "
-            "--backend gloo, or fewer processes."
-        )
+    options.backend = settle_backend(options.backend, options.world_size)
 
 
 def _seconds(name: str, text: str) -> float:

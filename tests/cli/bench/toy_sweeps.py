@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
+from collections.abc import Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from lightning_efficient.cli import main
+from tests.support.ranks import context_of
 
 ROOT = Path(__file__).resolve().parents[3]
 RECIPE = {
@@ -34,20 +38,21 @@ def write_sweep(folder: Path, matrix: dict[str, Any], **more: Any) -> Path:
     return path
 
 
-def _hear_ctrl_c() -> None:
-    # What is started in the background by a shell ignores it, and so do its children.
+def start_bench(folder: Path, *words: str) -> BaseProcess:
+    """Start `bench` in a folder, in a process that ignores nobody."""
+    process: BaseProcess = context_of("forkserver").Process(target=_bench, args=(folder, words), daemon=True)
+    process.start()
+    return process
+
+
+def _bench(folder: Path, words: Sequence[str]) -> None:
+    # What is started in the background by a shell ignores Ctrl-C, and so do its children.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def bench(folder: Path, *words: str, start: bool = False) -> Any:
-    """Run `bench` in a folder to its end, or start it."""
-    command = [sys.executable, "-m", "lightning_efficient", "bench", *words]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    if start:
-        return subprocess.Popen(
-            command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, preexec_fn=_hear_ctrl_c
-        )
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=150)
+    os.environ |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    os.chdir(folder)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+    sys.exit(main(["bench", *words]))
 
 
 def runs(folder: Path) -> list[str]:

@@ -1,0 +1,303 @@
+"""Gradients after the sync are those of one process, whatever the backwards of a step, and leave while it runs."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from lightning_efficient.moe import FixedSchedule, GradientSync, MoELayer, MoESizes, MoETopology, aux_loss, parallelize
+from lightning_efficient.moe.experts import local
+from lightning_efficient.moe.schedule import schedule_named
+from tests.moe._grid import DROPS, Setting, run_once, splits
+from tests.moe.reference import Result, reference
+from tests.support.ranks import run_ranks
+
+S, M = 6, 4
+
+
+class Net(nn.Module):
+    """Dense and MoE layers in turn; the dense maps of `sometimes` are used when asked for."""
+
+    def __init__(self, depth: int = 2) -> None:
+        super().__init__()
+        self.never = nn.Linear(M, M)  # first: buckets are sent in order, and it would hold up those of earlier layers
+        self.blocks = nn.ModuleList(
+            [nn.Linear(M, M), MoELayer(M, 8, 8, bias=True, capacity_factor=None)][i % 2] for i in range(2 * depth)
+        )
+        self.sometimes = nn.Linear(M, M)
+
+    def forward(self, x: Tensor, *, sometimes: bool = True) -> Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return self.sometimes(x) if sometimes else x
+
+
+def net_of(depth: int = 2) -> Net:
+    torch.manual_seed(0)
+    net = Net(depth).double()
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.4)
+    return net
+
+
+def data_of(step: int, d: int) -> Tensor:
+    return torch.randn(S, M, dtype=torch.float64, generator=torch.Generator().manual_seed(10 * step + d))
+
+
+def loss_of(net: Net, step: int, d: int, *, sometimes: bool = True) -> Tensor:
+    return net(data_of(step, d), sometimes=sometimes).square().mean() + aux_loss(net)
+
+
+def by_all(d: int) -> bool:
+    return True
+
+
+def by_first(d: int) -> bool:
+    return d == 0
+
+
+def by_none(d: int) -> bool:
+    return False
+
+
+@cache
+def one_process(D: int, steps: tuple[int, ...], used: Callable[[int], bool] = by_all) -> dict[str, Tensor | None]:
+    """The mean over D batches, added up over steps."""
+    net = net_of()
+    for step in steps:
+        for d in range(D):
+            (loss_of(net, step, d, sometimes=used(d)) / D).backward()
+    return {name: each.grad for name, each in net.named_parameters()}
+
+
+def whole(net: nn.Module) -> dict[str, Tensor | None]:
+    return {
+        name: each.grad.full_tensor() if isinstance(each.grad, DTensor) else each.grad
+        for name, each in net.named_parameters()
+    }
+
+
+def apart(mine: dict[str, Tensor | None], theirs: dict[str, Tensor | None]) -> float:
+    """The largest difference; infinite where one has a gradient and the other none."""
+    assert mine.keys() == theirs.keys()
+    found = [0.0]
+    for name, grad in mine.items():
+        other = theirs[name]
+        if grad is not None and other is not None:
+            found.append(float((grad - other).abs().max()))
+        elif grad is not other:
+            found.append(float("inf"))
+    return max(found)
+
+
+def _steps(rank: int, world: int) -> list[dict[str, Any]]:
+    found = []
+    for sizes in splits(world):
+        topology = MoETopology.create(sizes)
+        D, d = topology.dp.size, topology.dp.rank
+        net = net_of()
+        parallelize(net, topology)
+        sync = GradientSync(net, topology, bucket_mb=0.001)
+        results: dict[str, Any] = {"sizes": sizes}
+
+        loss_of(net, 0, d).backward()
+        sync.finish()
+        results["one"] = apart(whole(net), one_process(D, (0,)))
+
+        loss_of(net, 1, d).backward()
+        sync.finish()
+        results["added to whole gradients"] = apart(whole(net), one_process(D, (0, 1)))
+
+        net.zero_grad(set_to_none=False)
+        loss_of(net, 2, d).backward()
+        sync.finish()
+        unused: dict[str, Tensor | None] = {name: torch.zeros_like(each) for name, each in net_of().named_parameters()}
+        expected = one_process(D, (2,))
+        expected = {n: unused[n] if g is None and whole(net)[n] is not None else g for n, g in expected.items()}
+        results["after zeros"] = apart(whole(net), expected)
+
+        net.zero_grad()
+        sync.enabled = False
+        loss_of(net, 0, d).backward()
+        sync.finish()
+        local_only = net.sometimes.weight.grad.clone()  # type: ignore[union-attr]
+        loss_of(net, 1, d).backward()
+        sync.enabled = True
+        loss_of(net, 2, d).backward()
+        sync.finish()
+        results["accumulated"] = apart(whole(net), one_process(D, (0, 1, 2)))
+        alone = net_of()
+        loss_of(alone, 0, d).backward()
+        results["not synced while disabled"] = float((local_only - alone.sometimes.weight.grad).abs().max())  # type: ignore[operator]
+
+        net.zero_grad()
+        loss_of(net, 3, d, sometimes=d == 0).backward()
+        sync.finish()
+        results["used by some"] = apart(whole(net), one_process(D, (3,), by_first))
+
+        net.zero_grad()
+        loss_of(net, 4, d, sometimes=False).backward()
+        sync.finish()
+        results["used by none"] = apart(whole(net), one_process(D, (4,), by_none))
+        results["never"] = net.never.weight.grad is None
+        found.append(results)
+    return found
+
+
+@pytest.mark.distributed
+def test_gradients_are_those_of_one_process_through_all_kinds_of_steps() -> None:
+    for found in run_ranks(_steps, 4, timeout=150):
+        assert len(found) == 18
+        for each in found:
+            assert each.pop("never")
+            sizes = each.pop("sizes")
+            # float64, of some hundred products of size 1
+            assert max(each.values()) < 1e-11, (sizes, each)
+
+
+def _replicas(rank: int, world: int, settings: list[Setting], results: list[Result]) -> list[dict[str, float]]:
+    found = []
+    for sizes in splits(world):
+        topology = MoETopology.create(sizes)
+        D = topology.dp.size
+        for setting, result in zip(settings, results, strict=True):
+            layer = setting.layer()
+            parallelize(layer, topology)
+            layer.scheduler = FixedSchedule(schedule_named("s2_hier"))
+            sync = GradientSync(layer, topology)
+            x, grad = setting.data(1)
+            copies = {
+                name: getattr(result, name).expand(D, *getattr(result, name).shape[1:])
+                for name in ("y", "aux", "balance", "z")
+            }
+            alike = replace(result, **copies, dx=(result.dx / D).expand(D, -1, -1))
+            found.append(run_once(layer, sync, topology, (x.expand(D, -1, -1), grad.expand(D, -1, -1)), alike)[0])
+    return found
+
+
+@pytest.mark.distributed
+def test_replicas_with_the_same_data_leave_every_gradient_unchanged() -> None:
+    """Those of a single rank; so experts divided by EDP, or summed over too many, show."""
+    settings = [Setting(2, drops, "swiglu", bias=True, S=8) for drops in DROPS]
+    results = [reference(each.layer(), *each.data(1)) for each in settings]
+    for found in run_ranks(_replicas, 4, settings, results, timeout=120):
+        assert len(found) == 18 * 4
+        assert max(value for each in found for value in each.values()) < 1e-9
+
+
+def _overlap(rank: int, world: int) -> dict[str, Any]:
+    topology = MoETopology.create(MoESizes(2, 1, 2))
+    net = net_of(depth=4)
+    parallelize(net, topology)
+    sync = GradientSync(net, topology, bucket_mb=0.0005)
+    x = data_of(0, topology.dp.rank).requires_grad_()
+    sent: list[int] = []
+    x.register_hook(lambda grad: sent.append(sync.sent))
+    y = net(x)
+    (y.square().mean() + aux_loss(net)).backward()
+    at_end = sync.sent
+    sync.finish()
+    order = [bucket.parameters for bucket in sync.buckets if bucket.group.size > 1]
+    sizes = [sum(local(each).nbytes for each in bucket) for bucket in order]
+    return {
+        "buckets": len(order),
+        "before the last gradient": sent,
+        "before the end": at_end,
+        "overlapped": sync.overlapped,
+        "sent": sync.sent,
+        "large": [(size, len(bucket)) for size, bucket in zip(sizes, order, strict=True) if size > 500],
+    }
+
+
+@pytest.mark.distributed
+def test_buckets_leave_while_backward_runs() -> None:
+    for found in run_ranks(_overlap, 4, timeout=120):
+        assert found["buckets"] > 8
+        # That of `never` waits for the end, and the routers' is full with the first layer's.
+        assert found["before the last gradient"][0] >= found["buckets"] // 2
+        assert found["overlapped"] == found["before the end"]
+        assert found["sent"] == found["buckets"]
+        assert all(parameters == 1 for _, parameters in found["large"])
+
+
+def _two_types(rank: int, world: int) -> dict[str, Any]:
+    topology = MoETopology.create(MoESizes(1, 2, 1))
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(M, M), nn.Linear(M, M).bfloat16(), MoELayer(M, 8, 4, capacity_factor=None))
+    parallelize(net, topology)
+    sync = GradientSync(net, topology)
+    for parameter in net.parameters():
+        parameter.grad = torch.ones_like(parameter) * (rank + 1)
+    sync.finish()
+    return {name: (each.grad.dtype, float(local(each.grad).max())) for name, each in net.named_parameters()}  # type: ignore[union-attr]
+
+
+@pytest.mark.distributed
+def test_parameters_of_two_types_are_summed_apart() -> None:
+    for rank, found in enumerate(run_ranks(_two_types, 4, timeout=120)):
+        edp = (1 + 3 if rank % 2 == 0 else 2 + 4) / 4  # over the ranks with the same experts, by DP
+        assert found == {
+            "0.weight": (torch.float32, 2.5),
+            "0.bias": (torch.float32, 2.5),
+            "1.weight": (torch.bfloat16, 2.5),
+            "1.bias": (torch.bfloat16, 2.5),
+            "2.router.weight": (torch.float32, 2.5),
+            "2.experts.w_in": (torch.float32, edp),
+            "2.experts.w_out": (torch.float32, edp),
+        }
+
+
+def _refused(rank: int, world: int) -> str:
+    topology = MoETopology.create(MoESizes(1, 2, 1))
+    net = net_of()
+    parallelize(net, topology)
+    GradientSync(net, topology, bucket_mb=0.001)
+    loss_of(net, 0, rank).backward()
+    try:
+        loss_of(net, 1, rank).backward()
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.distributed
+def test_a_second_backward_before_the_first_is_finished_is_refused() -> None:
+    for message in run_ranks(_refused, 2, timeout=120):
+        assert "backward ran twice. Call finish() after each backward, or set enabled=False" in message
+
+
+def _frozen(rank: int, world: int) -> list[float]:
+    topology = MoETopology.create(MoESizes(2, 1, 1))
+    net = net_of()
+    parallelize(net, topology)
+    net.blocks[0].requires_grad_(False)
+    sync = GradientSync(net, topology)
+    found = []
+    for step in range(2):
+        net.zero_grad()
+        loss_of(net, step, topology.dp.rank).backward()
+        sync.finish()
+        expected = dict(one_process(topology.dp.size, (step,)))
+        if step == 0:
+            expected["blocks.0.weight"] = expected["blocks.0.bias"] = None
+        found.append(apart(whole(net), expected))
+        net.blocks[0].requires_grad_(True)
+        sync.follow(net)
+    sync.remove()
+    net.zero_grad()
+    loss_of(net, 5, topology.dp.rank).backward()
+    found.append(float(sync.sent - sum(bucket.group.size > 1 for bucket in sync.buckets) * 2))
+    return found
+
+
+@pytest.mark.distributed
+def test_frozen_parameters_are_left_out_and_taken_in_when_thawed_and_no_hook_stays() -> None:
+    for before, after, sent_since in run_ranks(_frozen, 4, timeout=120):
+        assert before < 1e-11
+        assert after < 1e-11
+        assert sent_since <= 0
