@@ -229,6 +229,16 @@ def set_data_parallel_size(strategy: "ModelParallelStrategy", size: int) -> None
     strategy._data_parallel_size = size
 
 
+def revive_gradient_hooks(parameter: "Tensor") -> None:
+    """Make hooks on a parameter's accumulated gradient fire, those that are there and those to come.
+
+    ``Module.to()`` swaps the inside of a DTensor. What called its hooks stays behind, and new ones are never called.
+    """
+    hooks = parameter._post_accumulate_grad_hooks
+    parameter._post_accumulate_grad_hooks = None  # type: ignore[assignment]
+    parameter._post_accumulate_grad_hooks = hooks
+
+
 def is_fake(tensor: "Tensor") -> bool:
     """Whether the tensor is one of `FakeTensorMode`: on a device, and without memory."""
     from torch._subclasses import FakeTensor

@@ -6,9 +6,12 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate
 
 from lightning_efficient import _compat
 from lightning_efficient.strategies import FullyShardedStrategy
+from tests.support.ranks import run_ranks
 
 
 def test_sequence_numbers_lead_from_a_running_node_to_the_code_that_made_it() -> None:
@@ -103,3 +106,26 @@ def test_operators_of_torch_can_be_taken_apart() -> None:
     assert _compat.is_composed_operator(torch.ops.aten.linear.default)
     assert not _compat.is_composed_operator(torch.ops.prim.device.default)
     assert not _compat.is_composed_operator(len)
+
+
+@pytest.mark.distributed
+def test_hooks_of_a_dtensor_fire_after_a_move() -> None:
+    fired, revived = run_ranks(_hooks_after_a_move, 1, timeout=150)[0]
+    # Where the first is not empty, torch has mended it, and `revive_gradient_hooks` can go.
+    assert fired == []
+    assert sorted(revived) == ["new", "old"]
+
+
+def _hooks_after_a_move(rank: int, world_size: int) -> tuple[list[str], list[str]]:
+    module = nn.Module()
+    mesh = init_device_mesh("cpu", (1,))
+    module.weight = nn.Parameter(DTensor.from_local(torch.ones(3), mesh, (Replicate(),)))
+    fired: list[str] = []
+    module.weight.register_post_accumulate_grad_hook(lambda _: fired.append("old"))
+    module.to("cpu")
+    module.weight.register_post_accumulate_grad_hook(lambda _: fired.append("new"))
+    module.weight.to_local().sum().backward()
+    before = list(fired)
+    _compat.revive_gradient_hooks(module.weight)
+    module.weight.to_local().sum().backward()
+    return before, fired[len(before) :]

@@ -1,4 +1,4 @@
-"""Models that recipes run on: an in-tree Llama with and without experts, any transformers causal LM, and small vision nets."""
+"""Models that recipes run on: an in-tree Llama, with experts or without, transformers causal LMs, small vision nets."""
 
 from lightning_efficient.models.causal_lm import CausalLM, LlamaLM
 from lightning_efficient.models.classifier import Classifier

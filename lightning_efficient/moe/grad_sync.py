@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
+from lightning_efficient._compat import revive_gradient_hooks
 from lightning_efficient.moe.experts import local
 from lightning_efficient.moe.layer import moe_layers
 from lightning_efficient.moe.topology import Group, MoETopology
@@ -80,9 +80,10 @@ class GradientSync:
     def _attach(self, module: nn.Module) -> None:
         self.buckets = _bucket(module, self.topology, self._bucket_mb)
         self._bucket_of = {parameter: bucket for bucket in self.buckets for parameter in bucket.parameters}
+        for each in self._bucket_of:
+            revive_gradient_hooks(each)
         self._hooks = [each.register_post_accumulate_grad_hook(self._ready) for each in self._bucket_of]
-        self._hooks += [each.register_hook(partial(self._hold, each)) for each in self._bucket_of]
-        self._begin()
+        self._count_anew()
 
     def remove(self) -> None:
         """Take the hooks off."""
@@ -90,12 +91,19 @@ class GradientSync:
             hook.remove()
         self._hooks.clear()
 
-    def follow(self, module: nn.Module) -> None:
-        """Take in parameters that were unfrozen since; call it before a backward.
+    def begin(self, module: nn.Module) -> None:
+        """Prepare for a backward whose gradients come on top of whole ones, or after parameters were unfrozen.
+
+        A loop that sets gradients to None after each step, and freezes nothing, need not call it.
 
         Args:
             module: the same one.
         """
+        self._held = {each: grad for each, grad in self._held.items() if each.grad is not None}  # not zeroed since
+        for each in self._whole:
+            if each.grad is not None:  # only what this backward adds is to be summed over ranks
+                self._held[each], each.grad = each.grad, None
+        self._whole.clear()
         if any(
             each.requires_grad and each not in self._bucket_of and not _is_fully_sharded(each)
             for each in module.parameters()
@@ -107,8 +115,7 @@ class GradientSync:
         """Send what backward has not, wait for all, and leave the whole gradients in ``.grad``.
 
         Call it after each backward; nothing is done while ``enabled`` is False. A parameter that no rank used keeps
-        no gradient; one that some rank used has one on all. Gradients that were made whole before, and not set to None
-        since, are added to.
+        no gradient; one that some rank used has one on all.
         """
         if not self.enabled:
             return
@@ -117,19 +124,12 @@ class GradientSync:
             self._send()
         for bucket in self.buckets:
             self._unpack(bucket)
-        self._begin()
+        self._count_anew()
 
-    def _begin(self) -> None:
+    def _count_anew(self) -> None:
         self._next = 0
         for bucket in self.buckets:
             bucket.waiting = len(bucket.parameters)
-
-    def _hold(self, parameter: Tensor, grad: Tensor | None = None) -> None:
-        """Put a whole gradient aside before what this backward adds, which only is to be summed over ranks."""
-        if parameter in self._whole:
-            self._whole.discard(parameter)
-            if parameter.grad is not None:
-                self._held[parameter], parameter.grad = parameter.grad, None
 
     def _ready(self, parameter: Tensor) -> None:
         if not self.enabled:
@@ -148,8 +148,6 @@ class GradientSync:
     def _send(self) -> None:
         bucket = self.buckets[self._next]
         self._next += 1
-        for each in bucket.parameters:
-            self._hold(each)
         grads = [None if each.grad is None else local(each.grad) for each in bucket.parameters]
         if bucket.group.size == 1:
             return

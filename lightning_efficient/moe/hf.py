@@ -1,4 +1,4 @@
-"""Mixture-of-experts models of transformers (extra ``hf``): their blocks replaced by :class:`MoELayer`, and back.
+"""Mixture-of-experts models of transformers (extra ``hf``): their blocks replaced by ``MoELayer``, and back.
 
 Transformers stacks a gate over an up matrix, (E, 2H, M). Cut in two along that dimension, one rank would get all
 gates and the other all ups; here they lie side by side, (E, M, 2, H), and each rank gets a part of both.
@@ -46,13 +46,13 @@ def swap_moe_blocks(
 
     Args:
         model: of transformers 5 or later.
-        capacity_factor: as in :class:`MoELayer`; None: nothing is dropped.
-        eval_capacity_factor: as in :class:`MoELayer`.
-        min_capacity: as in :class:`MoELayer`.
-        drop_policy: as in :class:`MoELayer`.
-        jitter: as in :class:`MoELayer`.
-        aux_loss_coef: as in :class:`MoELayer`; None: the ``router_aux_loss_coef`` of the model's configuration.
-        z_loss_coef: as in :class:`MoELayer`.
+        capacity_factor: as in ``MoELayer``; None: nothing is dropped.
+        eval_capacity_factor: as in ``MoELayer``.
+        min_capacity: as in ``MoELayer``.
+        drop_policy: as in ``MoELayer``.
+        jitter: as in ``MoELayer``.
+        aux_loss_coef: as in ``MoELayer``; None: the ``router_aux_loss_coef`` of the model's configuration.
+        z_loss_coef: as in ``MoELayer``.
 
     Returns:
         The names of the blocks.
@@ -97,7 +97,7 @@ def swap_moe_blocks(
 
 
 def unswap_state_dict(state: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return weights in the names and shapes of transformers, those of :class:`MoELayer` translated, all whole.
+    """Return weights in the names and shapes of transformers, those of ``MoELayer`` translated, all whole.
 
     ``model.save_pretrained(folder, state_dict=unswap_state_dict(model))`` writes a folder that the original class
     reads.
@@ -114,7 +114,7 @@ def unswap_state_dict(state: nn.Module | Mapping[str, Tensor]) -> dict[str, Tens
 
 
 def swap_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return weights of transformers in the names and shapes of :class:`MoELayer`: the way back.
+    """Return weights of transformers in the names and shapes of ``MoELayer``: the way back.
 
     Args:
         state: of a Mixtral, Qwen2-MoE or Qwen3-MoE.
@@ -137,7 +137,7 @@ class _WithSharedExpert(MoELayer):
 
 @dataclass(frozen=True, slots=True)
 class _Shape:
-    """What a block of transformers computes, in the arguments of :class:`MoELayer`."""
+    """What a block of transformers computes, in the arguments of ``MoELayer``."""
 
     dim: int
     hidden: int
@@ -147,7 +147,7 @@ class _Shape:
 
     @classmethod
     def of(cls, name: str, block: Any) -> _Shape:
-        """Read a block; refuse what a :class:`MoELayer` does not compute."""
+        """Read a block; refuse what a ``MoELayer`` does not compute."""
         gate_up_EFM = getattr(block.experts, "gate_up_proj", None)
         if not isinstance(gate_up_EFM, Tensor) or not isinstance(getattr(block.gate, "weight", None), Tensor):
             raise ValueError(

@@ -20,7 +20,7 @@ from lightning_efficient.moe.traffic import Traffic, count_traffic
 class MoEStats:
     """What one rank did.
 
-    Attributes:
+    Args:
         steps: backward passes whose gradients were synced.
         rows: rows that the experts of this rank computed in forward.
         assignments: of this rank's tokens to experts.

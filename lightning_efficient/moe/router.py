@@ -181,7 +181,7 @@ class Router(nn.Module):
         .. math::
 
             L_{aux} = E \sum_e \bar p_e \, \frac{c_e}{k S}, \qquad
-            L_z = \frac{1}{S} \sum_s \Big( \log \sum_e \exp z_{se} \Big)^2
+            L_z = \frac{1}{S} \sum_s \left( \log \sum_e \exp z_{se} \right)^2
 
         with the mean probability :math:`\bar p_e` and the number of assignments :math:`c_e` of expert e (before any is
         dropped, all k choices counted), and the logits z. The first is 1 where loads are even.

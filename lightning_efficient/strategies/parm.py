@@ -264,7 +264,7 @@ class ParmStrategy(ModelParallelStrategy):
         assert self._meter is not None
         self.pre_backward(closure_loss)
         closure_loss = self.precision_plugin.pre_backward(closure_loss, self._module)
-        self._sync.follow(self._module)
+        self._sync.begin(self._module)
         with self._meter.counting():
             self.precision_plugin.backward(closure_loss, self._module, optimizer, *args, **kwargs)
         self._sync.finish()  # before on_after_backward, which is to see whole gradients

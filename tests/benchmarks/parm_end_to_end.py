@@ -165,8 +165,8 @@ def page(runs: list[Run], options: argparse.Namespace) -> str:
             f"--warmup {options.warmup} --rate {options.rate}",
             "```",
             "",
-            f"The recipe `moe/parm` on 4 ranks of two nodes, {options.rate} for each node's link and no limit inside; MP "
-            f"= EP = ESP = 2, {MODEL}, {BATCH} for each rank. Medians over steps {options.warmup + 1} to "
+            f"The recipe `moe/parm` on 4 ranks of two nodes, {options.rate} for each node's link and no limit inside; "
+            f"MP = EP = ESP = 2, {MODEL}, {BATCH} for each rank. Medians over steps {options.warmup + 1} to "
             f"{options.steps} of each fit, and over {options.rounds} rounds; the speed-up is over `{BASELINE}` in the "
             "same round. The last column is the largest difference of any step's loss from that of `deepspeed`: "
             "`auto` may split tokens before the gate, and then other tokens find no slot.",

@@ -97,6 +97,20 @@ def splits(world: int, model_parallel: int | None = None) -> list[MoESizes]:
     ]
 
 
+SOME_SPLITS = [
+    MoESizes(1, 1, 1),
+    MoESizes(2, 1, 1),
+    MoESizes(4, 1, 1),
+    MoESizes(1, 4, 1),
+    MoESizes(1, 1, 4),
+    MoESizes(1, 2, 1),
+    MoESizes(2, 2, 1),
+    MoESizes(2, 2, 2),
+    MoESizes(4, 1, 2),
+]
+"""Of 4 ranks: every axis alone, and two or three together, with copies of the experts or without."""
+
+
 def labels(chunks: Sequence[int] = (1, 2, 3, 4)) -> list[str]:
     """All schedules, in so many chunks where they can be cut."""
     return [each.with_chunks(n).label for each in SCHEDULES.values() for n in (chunks if each.can_be_chunked else (1,))]

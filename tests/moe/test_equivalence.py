@@ -45,7 +45,7 @@ def whole_grid(world: int, model_parallel: int | None = None) -> list[tuple[MoES
 
 def sample(world: int) -> list[tuple[MoESizes, Setting, list[str]]]:
     """All splits, with some of the settings, by all schedules."""
-    each = 4 if world == 2 else 2
+    each = 4 if world == 2 else 1
     return [
         (sizes, SETTINGS[(turn * each + number) * 5 % len(SETTINGS)], schedules(turn + number))
         for turn, sizes in enumerate(splits(world))
@@ -101,7 +101,7 @@ def test_the_grid_has_every_split_and_each_value_of_every_axis() -> None:
 def test_a_sample_of_the_grid_equals_the_definition(world: int) -> None:
     cases = sample(world)
     found = run(world, cases)
-    assert len(found) == world * count(cases) >= world * 264
+    assert len(found) == world * count(cases) >= world * 198
     assert_all_equal(found)
 
 
@@ -162,9 +162,9 @@ NARROW = [
     ],
 )
 def test_narrower_numbers_equal_the_definition_to_their_rounding(precision: str, tolerance: float) -> None:
-    sizes = [MoESizes(2, 2, 2), MoESizes(4, 1, 4), MoESizes(1, 4, 1), MoESizes(2, 1, 2)]
+    sizes = [MoESizes(2, 2, 2), MoESizes(4, 1, 2)]
     cases = [(each, setting, schedules(number)) for each in sizes for number, setting in enumerate(NARROW)]
     found = run(4, cases, precision)
-    assert len(found) == 4 * 4 * 3 * len(SCHEDULES)
+    assert len(found) == 4 * 2 * 3 * len(SCHEDULES)
     wrong = [(each.case, each.relative) for each in found if not max(each.relative.values()) < tolerance]
     assert not wrong, f"{len(wrong)} of {len(found)}, as {wrong[:3]}"

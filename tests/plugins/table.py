@@ -215,8 +215,8 @@ def parm_row(
         }
 
     def oracle(*sizes: int, schedule: str) -> Oracle:
-        reference = exchanging(lambda: references.mean, MOMENTUM)
-        return Oracle(trainer=spread(*sizes, schedule=schedule), optimizer=MOMENTUM, reference=reference)
+        reference = exchanging(lambda: references.mean, ADAM)
+        return Oracle(trainer=spread(*sizes, schedule=schedule), optimizer=ADAM, reference=reference)
 
     yaml = {
         "strategy": {
@@ -230,7 +230,7 @@ def parm_row(
     }
     return Row(
         trainer=spread(1, 2, 1, schedule="s1_hier/2"),
-        optimizer=MOMENTUM,
+        optimizer=ADAM,
         yaml={"trainer": yaml},
         plugin=lambda trainer, _: plugin(trainer),
         activity=activity,
@@ -259,8 +259,6 @@ def peft_row() -> Row:
     )
 
 
-MOMENTUM: MakeOptimizer = partial(SGD, lr=0.2, momentum=0.9)
-"""Lightning cannot resume an optimizer without state from a single file under model parallelism."""
 ADAM: MakeOptimizer = partial(Adam, lr=0.03)
 LORA_FA: dict[str, Any] = {"r": 4, "alpha": 8.0, "seed": 5}
 LORA_FA_ARGS: dict[str, Any] = {"model_attr": "net", "adapter_dtype": "float64", **LORA_FA}

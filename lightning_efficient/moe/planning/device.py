@@ -39,7 +39,7 @@ _ROUNDS = 5
 class DeviceCost:
     """Seconds of a layer's own work.
 
-    Attributes:
+    Args:
         lines: latency and seconds per row, by kind of work and direction.
         seconds: that the measurement took.
     """

@@ -56,7 +56,7 @@ class Sampler(Protocol):
 class Links:
     """What the links cost.
 
-    Attributes:
+    Args:
         fits: the line of each collective and group.
         shares: how much two resources slow each other, from 0 (not at all) to 1 (together they take the sum).
         lanes: collectives of one group that the backend works on at once.

@@ -29,7 +29,7 @@ SCHEMA = 1
 class Choice:
     """The schedule of a layer, and why.
 
-    Attributes:
+    Args:
         shape: of the layer.
         schedule: that was chosen.
         reason: one clause.
@@ -83,7 +83,7 @@ class Choice:
 class Plan:
     """What holds for a job on certain machines.
 
-    Attributes:
+    Args:
         setting: what it was measured with: it holds no more where any of that changes.
         links: what they cost; None: not measured.
         devices: what a layer's own work costs, by kind of layer.

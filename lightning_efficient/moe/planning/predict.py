@@ -25,7 +25,7 @@ _MOST_PADDING = 1.2
 class Prediction:
     """How long a layer takes by a schedule.
 
-    Attributes:
+    Args:
         schedule: that one.
         forward_s: seconds.
         backward_s: seconds.

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from rich.table import Table
 
 from lightning_efficient.moe.planning.links import Links
 from lightning_efficient.moe.planning.plan import Choice, Plan
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 _GROUPS = {"block": "EP x ESP", "ep": "EP", "esp": "ESP", "mp": "MP", "device": "device"}
 
@@ -19,8 +16,6 @@ def links_table(links: Links) -> Table:
     Args:
         links: as measured.
     """
-    from rich.table import Table
-
     table = Table("collective", "group", "latency\nµs", "bandwidth\nMB/s", "misfit", title="links, slowest rank")
     for column in table.columns[2:]:
         column.justify = "right"
@@ -37,8 +32,6 @@ def choice_table(choice: Choice) -> Table:
     Args:
         choice: of a layer.
     """
-    from rich.table import Table
-
     shape = choice.shape
     factor = "dropless" if shape.capacity_factor is None else f"capacity {shape.capacity_factor:g}"
     title = f"{shape.tokens} tokens of {shape.dim}, {shape.num_experts} experts of {shape.hidden}, top {shape.top_k}, "

@@ -113,7 +113,7 @@ def traffic(schedule: Schedule, shape: LayerShape, sizes: MoESizes, *, backward:
     """Return what a rank sends in a layer: exactly where slots are sent whether filled or not, else with even routing.
 
     It is the table of section 2.5 of the research, with padding, and what
-    :func:`~lightning_efficient.moe.traffic.count_traffic` counts.
+    :func:`~lightning_efficient.moe.count_traffic` counts.
 
     Args:
         schedule: with its chunks.
