@@ -95,6 +95,12 @@ def apart(mine: dict[str, Tensor | None], theirs: dict[str, Tensor | None]) -> f
     return max(found)
 
 
+def backward(net: Net, sync: GradientSync, step: int, d: int, *, sometimes: bool = True) -> None:
+    sync.begin(net)
+    loss_of(net, step, d, sometimes=sometimes).backward()
+    sync.finish()
+
+
 def _steps(rank: int, world: int) -> list[dict[str, Any]]:
     found = []
     for sizes in SOME_SPLITS:
@@ -105,17 +111,14 @@ def _steps(rank: int, world: int) -> list[dict[str, Any]]:
         sync = GradientSync(net, topology, bucket_mb=0.001)
         results: dict[str, Any] = {"sizes": sizes}
 
-        loss_of(net, 0, d).backward()
-        sync.finish()
+        backward(net, sync, 0, d)
         results["one"] = apart(whole(net), one_process(D, (0,)))
 
-        loss_of(net, 1, d).backward()
-        sync.finish()
+        backward(net, sync, 1, d)
         results["added to whole gradients"] = apart(whole(net), one_process(D, (0, 1)))
 
         net.zero_grad(set_to_none=False)
-        loss_of(net, 2, d).backward()
-        sync.finish()
+        backward(net, sync, 2, d)
         unused: dict[str, Tensor | None] = {name: torch.zeros_like(each) for name, each in net_of().named_parameters()}
         expected = one_process(D, (2,))
         expected = {n: unused[n] if g is None and whole(net)[n] is not None else g for n, g in expected.items()}
@@ -123,26 +126,22 @@ def _steps(rank: int, world: int) -> list[dict[str, Any]]:
 
         net.zero_grad()
         sync.enabled = False
-        loss_of(net, 0, d).backward()
-        sync.finish()
+        backward(net, sync, 0, d)
         local_only = net.sometimes.weight.grad.clone()  # type: ignore[union-attr]
-        loss_of(net, 1, d).backward()
+        backward(net, sync, 1, d)
         sync.enabled = True
-        loss_of(net, 2, d).backward()
-        sync.finish()
+        backward(net, sync, 2, d)
         results["accumulated"] = apart(whole(net), one_process(D, (0, 1, 2)))
         alone = net_of()
         loss_of(alone, 0, d).backward()
         results["not synced while disabled"] = float((local_only - alone.sometimes.weight.grad).abs().max())  # type: ignore[operator]
 
         net.zero_grad()
-        loss_of(net, 3, d, sometimes=d == 0).backward()
-        sync.finish()
+        backward(net, sync, 3, d, sometimes=d == 0)
         results["used by some"] = apart(whole(net), one_process(D, (3,), by_first))
 
         net.zero_grad()
-        loss_of(net, 4, d, sometimes=False).backward()
-        sync.finish()
+        backward(net, sync, 4, d, sometimes=False)
         results["used by none"] = apart(whole(net), one_process(D, (4,), by_none))
         results["never"] = net.never.weight.grad is None
         found.append(results)
@@ -280,14 +279,12 @@ def _frozen(rank: int, world: int) -> list[float]:
     found = []
     for step in range(2):
         net.zero_grad()
-        loss_of(net, step, topology.dp.rank).backward()
-        sync.finish()
+        backward(net, sync, step, topology.dp.rank)
         expected = dict(one_process(topology.dp.size, (step,)))
         if step == 0:
             expected["blocks.0.weight"] = expected["blocks.0.bias"] = None
         found.append(apart(whole(net), expected))
         net.blocks[0].requires_grad_(True)
-        sync.follow(net)
     sync.remove()
     net.zero_grad()
     loss_of(net, 5, topology.dp.rank).backward()
