@@ -176,7 +176,9 @@ class GradientSync:
         for each in bucket.parameters:
             held = self._held.pop(each, None)
             if held is not None:
-                each.grad = held if each.grad is None else held.add_(each.grad)
+                if each.grad is not None:
+                    local(held).add_(local(each.grad))  # DTensor's own add_ plans for a second or so, at each shape
+                each.grad = held
             if each.grad is not None:
                 self._whole.add(each)
 

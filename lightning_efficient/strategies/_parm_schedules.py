@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -73,7 +72,7 @@ class Schedules:
         """Return plain values for a checkpoint."""
         if isinstance(self.scheduler, FixedSchedule):
             return {"fixed": self.scheduler.schedule.label}
-        return {"auto": json.loads(json.dumps(self.scheduler.state_dict()))}  # subclasses of str and the like, too
+        return {"auto": self.scheduler.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any], *, may_drop: bool) -> None:
         """Go on as a checkpoint says, as far as the settings allow.

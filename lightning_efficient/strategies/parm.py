@@ -61,9 +61,9 @@ class ParmStrategy(ModelParallelStrategy):
     Weights and buffers start as those of rank 0. Gradients are summed while backward runs, and whole when
     ``on_after_backward`` is called. ``gradient_clip_val`` and ``self.clip_gradients`` clip by the norm over all ranks;
     for that norm itself call :func:`~lightning_efficient.moe.grad_norm` with ``strategy.topology``: Lightning's
-    ``grad_norm`` utility sees a rank's own experts only. To accumulate by hand, run all backward passes but the last
-    within ``self.trainer.strategy.block_backward_sync()``. Compile submodules in ``configure_model``; Lightning takes
-    no compiled LightningModule with this kind of strategy.
+    ``grad_norm`` utility fails on experts, which are DTensors. To accumulate by hand, run all backward passes but the
+    last within ``self.trainer.strategy.block_backward_sync()``. Compile submodules in ``configure_model``; Lightning
+    takes no compiled LightningModule with this kind of strategy.
 
     Checkpoints hold whole expert tensors (E, ...), in a folder (resumed with any sizes) or in a single file (that also
     a Trainer without this strategy reads), and under ``"parm"`` the schedules, which a resumed run in the same setting

@@ -21,7 +21,11 @@ def model_of() -> nn.Module:
 def give_gradients(module: nn.Module) -> None:
     """The same whole gradients however the experts are spread: functions of the weights."""
     for parameter in module.parameters():
-        parameter.grad = parameter.detach() * 3 + parameter.detach().square() + 0.1
+        own = local(parameter.detach())
+        grad = own * 3 + own.square() + 0.1
+        if isinstance(parameter, DTensor):
+            grad = DTensor.from_local(grad, parameter.device_mesh, parameter.placements, run_check=False)
+        parameter.grad = grad
 
 
 def _norms(rank: int, world: int) -> list[dict[str, Any]]:

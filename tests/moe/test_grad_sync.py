@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from lightning_efficient.moe import FixedSchedule, GradientSync, MoELayer, MoESizes, MoETopology, aux_loss, parallelize
 from lightning_efficient.moe.experts import local
 from lightning_efficient.moe.schedule import schedule_named
-from tests.moe._grid import SOME_SPLITS, Setting, run_once
+from tests.moe._grid import SOME_SPLITS, Setting, own_part, run_once
 from tests.moe.reference import Result, reference
 from tests.support.ranks import run_ranks
 
@@ -75,23 +75,17 @@ def one_process(D: int, steps: tuple[int, ...], used: Callable[[int], bool] = by
     return {name: each.grad for name, each in net.named_parameters()}
 
 
-def whole(net: nn.Module) -> dict[str, Tensor | None]:
-    return {
-        name: each.grad.full_tensor() if isinstance(each.grad, DTensor) else each.grad
-        for name, each in net.named_parameters()
-    }
-
-
-def apart(mine: dict[str, Tensor | None], theirs: dict[str, Tensor | None]) -> float:
-    """The largest difference; infinite where one has a gradient and the other none."""
-    assert mine.keys() == theirs.keys()
+def apart(net: nn.Module, theirs: dict[str, Tensor | None], topology: MoETopology) -> float:
+    """The largest difference of what is on this rank; infinite where one has a gradient and the other none."""
     found = [0.0]
-    for name, grad in mine.items():
+    for name, parameter in net.named_parameters():
         other = theirs[name]
-        if grad is not None and other is not None:
-            found.append(float((grad - other).abs().max()))
-        elif grad is not other:
-            found.append(float("inf"))
+        if parameter.grad is None or other is None:
+            found.append(0.0 if parameter.grad is other else float("inf"))
+            continue
+        if isinstance(parameter, DTensor):
+            other = own_part(other, name.rsplit(".")[-1], topology)
+        found.append(float((local(parameter.grad) - other).abs().max()))
     return max(found)
 
 
@@ -112,17 +106,16 @@ def _steps(rank: int, world: int) -> list[dict[str, Any]]:
         results: dict[str, Any] = {"sizes": sizes}
 
         backward(net, sync, 0, d)
-        results["one"] = apart(whole(net), one_process(D, (0,)))
+        results["one"] = apart(net, one_process(D, (0,)), topology)
 
         backward(net, sync, 1, d)
-        results["added to whole gradients"] = apart(whole(net), one_process(D, (0, 1)))
+        results["added to whole gradients"] = apart(net, one_process(D, (0, 1)), topology)
 
-        net.zero_grad(set_to_none=False)
+        for parameter in net.parameters():
+            if parameter.grad is not None:
+                local(parameter.grad).zero_()
         backward(net, sync, 2, d)
-        unused: dict[str, Tensor | None] = {name: torch.zeros_like(each) for name, each in net_of().named_parameters()}
-        expected = one_process(D, (2,))
-        expected = {n: unused[n] if g is None and whole(net)[n] is not None else g for n, g in expected.items()}
-        results["after zeros"] = apart(whole(net), expected)
+        results["after zeros"] = apart(net, one_process(D, (2,)), topology)
 
         net.zero_grad()
         sync.enabled = False
@@ -131,18 +124,18 @@ def _steps(rank: int, world: int) -> list[dict[str, Any]]:
         backward(net, sync, 1, d)
         sync.enabled = True
         backward(net, sync, 2, d)
-        results["accumulated"] = apart(whole(net), one_process(D, (0, 1, 2)))
+        results["accumulated"] = apart(net, one_process(D, (0, 1, 2)), topology)
         alone = net_of()
         loss_of(alone, 0, d).backward()
         results["not synced while disabled"] = float((local_only - alone.sometimes.weight.grad).abs().max())  # type: ignore[operator]
 
         net.zero_grad()
         backward(net, sync, 3, d, sometimes=d == 0)
-        results["used by some"] = apart(whole(net), one_process(D, (3,), by_first))
+        results["used by some"] = apart(net, one_process(D, (3,), by_first), topology)
 
         net.zero_grad()
         backward(net, sync, 4, d, sometimes=False)
-        results["used by none"] = apart(whole(net), one_process(D, (4,), by_none))
+        results["used by none"] = apart(net, one_process(D, (4,), by_none), topology)
         results["never"] = net.never.weight.grad is None
         found.append(results)
     return found
@@ -283,7 +276,7 @@ def _frozen(rank: int, world: int) -> list[float]:
         expected = dict(one_process(topology.dp.size, (step,)))
         if step == 0:
             expected["blocks.0.weight"] = expected["blocks.0.bias"] = None
-        found.append(apart(whole(net), expected))
+        found.append(apart(net, expected, topology))
         net.blocks[0].requires_grad_(True)
     sync.remove()
     net.zero_grad()

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from lightning_efficient.moe import MoELayer, MoESizes, MoETopology, parallelize, schedule_named
 from lightning_efficient.moe.schedule import SCHEDULES
@@ -24,8 +26,6 @@ class Place:
 
 
 def _places(rank: int, world: int) -> list[Place]:
-    import torch.distributed as dist
-
     found = []
     for sizes in splits(world):
         topology = MoETopology.create(sizes)
@@ -99,8 +99,6 @@ def test_sizes_must_divide_the_experts() -> None:
 
 
 def test_a_layer_that_cannot_be_spread_is_named_and_left_as_it_was() -> None:
-    import torch
-
     model = torch.nn.Sequential(MoELayer(4, 8, 8), MoELayer(4, 8, 6))
     before = {name: id(each) for name, each in model.named_parameters()}
     with pytest.raises(ValueError, match=r"MoE layer '1' has 6 experts"):

@@ -176,5 +176,5 @@ def setting_of(topology: MoETopology, device: torch.device) -> dict[str, Any]:
         "world_size": topology.world_size,
         "sizes": asdict(topology.sizes),
         "backend": backend,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
     }
