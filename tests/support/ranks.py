@@ -38,7 +38,7 @@ _PRELOAD = [
     *(f"lightning_efficient.{part}" for part in ("callbacks", "data", "models", "strategies")),
 ]
 _EXIT_GRACE_S = 10.0
-_OUTPUT_TAIL = 6000
+_OUTPUT_TAIL = 20_000
 
 
 class RankError(AssertionError):
