@@ -97,7 +97,8 @@ def candidates(
         ValueError: no schedule is left.
     """
     names = ["s1", "s2", "deepspeed", "s1_hier", "s2_hier", "s2_saa"]
-    if shape.capacity_factor is not None:  # without, all are packed
+    moves = sizes.expert_parallel * sizes.expert_sharding > 1
+    if moves and shape.capacity_factor is not None:  # without a capacity, all are packed
         names += ["s1_packed", "s2_packed", "s1_hier_packed", "s2_hier_packed"]
     found: list[Schedule] = []
     for schedule in [SCHEDULES[each] for each in names if _differs(SCHEDULES[each], sizes, splits)]:
