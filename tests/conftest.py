@@ -1,6 +1,7 @@
 """Settings all tests share: one thread per process, no network, and tests that need special hardware or rights."""
 
 import os
+from collections.abc import Iterator
 
 # Before torch is imported, here and in every process the tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -11,6 +12,16 @@ import pytest
 import torch
 
 from tests.netlab import why_unavailable
+
+
+@pytest.fixture(autouse=True)
+def own_environment() -> Iterator[None]:
+    """What a test puts into the environment (Lightning: `PL_GLOBAL_SEED`, read by later launches) ends with it."""
+    before = dict(os.environ)
+    yield
+    for name in set(os.environ) - set(before):
+        del os.environ[name]
+    os.environ.pop("PL_GLOBAL_SEED", None)  # set by a fixture of a whole module
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

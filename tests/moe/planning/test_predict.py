@@ -98,8 +98,8 @@ def test_candidates_do_different_things_and_the_papers_baseline_is_none():
     # DeepSpeed's order needs as many shards as MP ranks, and without shards it is S2.
     assert "deepspeed" not in labels(MoESizes(2, 4, 1))
     assert "deepspeed" not in labels(MoESizes(4, 2, 2))
-    # Nothing travels: nothing to cut.
-    assert labels(MoESizes(2, 1, 1), splits=["before"]) == ["s1", "s1_packed"]
+    # Nothing travels: nothing to cut and nothing to pack.
+    assert labels(MoESizes(2, 1, 1), splits=["before"]) == ["s1"]
     # Slots that are all filled, and rows of no slots, are packed already.
     for factor in (1.0, None):
         even = LayerShape(tokens=1024, dim=512, hidden=1024, num_experts=8, top_k=2, capacity_factor=factor)
