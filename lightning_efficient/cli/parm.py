@@ -216,7 +216,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     choice.add_argument("--chunks", type=int, metavar="N", help="only this many chunks (default: the best)")
     choice.add_argument(
-        "--trials", type=int, default=3, metavar="N", help="runs of the best few; 0: predict only (default: 3)"
+        "--trials", type=int, default=40, metavar="N", help="most runs of the layer; 0: predict only (default: 40)"
     )
     choice.add_argument("--backend", choices=("auto", "gloo", "nccl"), default="auto", help="default: nccl if it can")
     choice.add_argument("--timeout", type=float, default=60.0, metavar="S", help="seconds for one step (default: 60)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from lightning_efficient.moe.experts import local
 from lightning_efficient.moe.topology import Axis, Group, MoETopology
+
+T = TypeVar("T")
 
 
 @torch.no_grad()
@@ -70,6 +73,20 @@ def _checksum(tensor: Tensor) -> Tensor:
     wide = torch.complex128 if flat.is_complex() else torch.float64
     sums = torch.stack((flat.sum(dtype=wide), flat[::3].sum(dtype=wide)))
     return torch.view_as_real(sums).flatten() if sums.is_complex() else torch.cat((sums, torch.zeros_like(sums)))
+
+
+def from_first(value: T, group: Group) -> T:
+    """Return what the first rank of a group has.
+
+    Args:
+        value: of this rank; it can be pickled.
+        group: whose ranks all call it.
+    """
+    if group.size == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=_first(group), group=group.process_group)
+    return values[0]
 
 
 def share_random_state(group: Group) -> None:

@@ -77,7 +77,8 @@ class ParmStrategy(ModelParallelStrategy):
             for each shape of layer by measuring, when it first runs.
         chunks: in how many parts a layer runs, so that they overlap; ``"auto"``: chosen likewise.
         profile_cache: a JSON file to keep measurements in between runs.
-        trials: turns of each of the best few schedules on the layer itself; 0: a model of the links decides alone.
+        trials: runs of each shape of layer by schedules that may be the fastest, at most; 0: a model of the links
+            decides alone.
         check_counts: compare the numbers of tokens of all ranks in each forward; where they differ, all ranks raise.
         verify_inputs: compare the tokens of each MP group at every layer, too: slow, for debugging.
         bucket_mb: size of the buckets in which gradients are summed.
@@ -102,7 +103,7 @@ class ParmStrategy(ModelParallelStrategy):
         schedule: str = "auto",
         chunks: int | Literal["auto"] = "auto",
         profile_cache: str | None = None,
-        trials: int = 3,
+        trials: int = 40,
         check_counts: bool = True,
         verify_inputs: bool = False,
         bucket_mb: float = 25.0,

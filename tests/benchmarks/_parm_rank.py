@@ -56,6 +56,7 @@ class CellResult:
         auto: what `schedule="auto"` takes.
         model: what it would take by its model of the layer, without trials.
         planning_s: seconds that it measured, all of it, as nothing was known of the links.
+        predicted: seconds of its candidates, by that model.
     """
 
     cell: str
@@ -65,6 +66,7 @@ class CellResult:
     auto: str | None = None
     model: str | None = None
     planning_s: float = 0.0
+    predicted: dict[str, float] = field(default_factory=dict)
 
 
 def measure_cell(rank: int, world_size: int, cell: Cell, plan: Plan) -> CellResult:
@@ -105,9 +107,11 @@ def measure_cell(rank: int, world_size: int, cell: Cell, plan: Plan) -> CellResu
 
     steps: dict[str, Callable[[], float]] = {name: partial(step, run) for name, run in runs.items()}
     seconds = _rounds(steps, plan, stay={*STAY, auto})
+    predicted = {each.schedule.label: each.seconds for each in choice.predictions}
     return CellResult(
-        cell.name, seconds, differences, drops=full or sliced, auto=auto, model=model, planning_s=planning_s
-    )
+        cell.name, seconds, differences, full or sliced, auto=auto, model=model, planning_s=planning_s,
+        predicted=predicted,
+    )  # fmt: skip
 
 
 def _layer(shape: Shape) -> tuple[MoELayer, LayerWeights]:

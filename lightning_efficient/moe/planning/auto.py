@@ -5,12 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from lightning_efficient.moe.agreement import from_first
 from lightning_efficient.moe.layer import MoELayer
 from lightning_efficient.moe.planning.device import measure_device
 from lightning_efficient.moe.planning.links import measure_links
@@ -22,18 +22,18 @@ from lightning_efficient.moe.planning.predict import (
     choose,
     fallback,
     predict,
-    shortlist,
 )
 from lightning_efficient.moe.planning.sampler import Clock, GroupSampler
+from lightning_efficient.moe.planning.search import Search
 from lightning_efficient.moe.planning.shape import LayerShape
 from lightning_efficient.moe.planning.trials import run_trials
 from lightning_efficient.moe.schedule import SCHEDULES, Schedule, Split, schedule_named
 from lightning_efficient.moe.topology import MoETopology
 
-T = TypeVar("T")
-
-#: Collectives of one group that gloo works on at once; NCCL does one after the other.
-_GLOO_LANES = 2
+#: Collectives of one group that gloo works on at once, and its lag over TCP; NCCL does one after the other.
+_GLOO_LANES, _GLOO_LAG = 2, 0.3
+#: Of the seconds for measuring: for the links, once; trials get the rest, for each shape.
+_FOR_LINKS = 0.4
 _DOUBTFUL = 0.25
 
 
@@ -41,17 +41,18 @@ class AutoSchedule:
     """Chooses the schedule of each shape of layer, when it first appears.
 
     It measures the links of the groups and the layer's own work, predicts each candidate by them, runs the layer by
-    the best few, and takes the fastest. All ranks do so together, rank 0 decides for all, and nothing is measured
-    twice. Where tokens may be dropped, S1 drops others than S2: a layer keeps to the one kind for the whole run.
+    those that may be the fastest, and takes the one that is. All ranks do so together, rank 0 decides for all, and
+    nothing is measured twice. Where tokens may be dropped, S1 drops others than S2: a layer keeps to the one kind for
+    the whole run.
 
     Args:
         topology: the groups.
         splits: where tokens may be split: ``before`` the gate (S1), ``after`` it (S2, DeepSpeed's order), or both.
         name: of the only schedule that may be chosen, where chunks are to be; None: any.
         chunks: into how many parts slots are cut; None: this is chosen, too.
-        trials: turns of each of the best few; 0: the model alone decides.
+        trials: runs of the layer by schedules that may be the fastest, at most; 0: the model alone decides.
         cache: a JSON file to keep the plan in, between runs in the same setting.
-        budget_s: seconds for the measurement of links, and for the trials of a shape, each; roughly.
+        budget_s: seconds for the links, once, and the trials of a shape, together; roughly.
         timeout_s: seconds after which a collective counts as stuck.
 
     Attributes:
@@ -68,9 +69,9 @@ class AutoSchedule:
         splits: Collection[Split] = SPLITS,
         name: str | None = None,
         chunks: int | None = None,
-        trials: int = 3,
+        trials: int = 40,
         cache: str | Path | None = None,
-        budget_s: float = 2.5,
+        budget_s: float = 4.0,
         timeout_s: float = 60.0,
     ) -> None:
         if not splits or not set(splits) <= set(SPLITS):
@@ -142,7 +143,7 @@ class AutoSchedule:
             if plan.links is not None and plan.links.refused:
                 plan.links = None  # perhaps there is less noise now
             known = plan.as_dict()
-        self.plan = Plan.from_dict(self._from_first(known))
+        self.plan = Plan.from_dict(from_first(known, self.topology.world))
         self._prepared = True
 
     def _allows(self, choice: Choice) -> bool:
@@ -180,27 +181,22 @@ class AutoSchedule:
             return Choice(shape, schedule, reason, tuple(predictions), doubtful=True)
         measured: dict[str, float] = {}
         if self.trials:
-            tried = self._from_first([each.label for each in shortlist(predictions)])
-            by_label = {each.label: each for each in own}
-            times = run_trials(
-                layer,
-                [by_label[label] for label in tried],
-                tokens=x_SM,
-                clock=clock,
-                rounds=self.trials,
-                budget_s=self.budget_s,
+            search = Search(predictions)
+            run_trials(
+                layer, search, tokens=x_SM, clock=clock, turns=self.trials, budget_s=(1 - _FOR_LINKS) * self.budget_s
             )
-            measured = {schedule.label: seconds for schedule, seconds in times.items()}
+            measured = {schedule.label: seconds for schedule, seconds in search.measured.items()}
         chosen = choose(predictions, measured=measured)
         reason = "the fastest of those tried" if measured else "predicted to be the fastest"
-        return Choice.from_dict(self._from_first(Choice(shape, chosen, reason, tuple(predictions), measured).as_dict()))
+        choice = Choice(shape, chosen, reason, tuple(predictions), measured)
+        return Choice.from_dict(from_first(choice.as_dict(), self.topology.world))
 
     def _predict(self, own: list[Schedule], shape: LayerShape, clock: Clock) -> list[Prediction]:
-        """Measure what is not known, and predict each; by what rank 0 measured."""
+        """Measure what is not known, and predict each."""
         if self.plan.links is None:
-            lanes = _GLOO_LANES if "gloo" in str(self.plan.setting["backend"]) else 1
+            lanes, lag = (_GLOO_LANES, _GLOO_LAG) if "gloo" in str(self.plan.setting["backend"]) else (1, 0.0)
             self.plan.links = measure_links(
-                self.topology.sizes, GroupSampler(clock), lanes=lanes, budget_s=self.budget_s
+                self.topology.sizes, GroupSampler(clock), lanes=lanes, lag=lag, budget_s=_FOR_LINKS * self.budget_s
             )
         kind = shape.kind
         if kind not in self.plan.devices:
@@ -216,15 +212,5 @@ class AutoSchedule:
         names = {f"{op} {axis}": f"{op} over {axis}: {why}" for (op, axis), why in links.refused.items()}
         doubtful = {name: best.parts[name] for name in names if name in best.parts}
         doubted = sum(doubtful.values()) > _DOUBTFUL * sum(best.parts.values())
-        answer: str | None = self._from_first(
-            names[max(doubtful, key=lambda name: doubtful[name])] if doubted else None
-        )
-        return answer
-
-    def _from_first(self, value: T) -> T:
-        """Return what rank 0 has."""
-        if self.topology.world.size == 1:
-            return value
-        values = [value]
-        dist.broadcast_object_list(values, src=0, group=self.topology.world.process_group)
-        return values[0]
+        reason: str | None = names[max(doubtful, key=lambda name: doubtful[name])] if doubted else None
+        return from_first(reason, self.topology.world)

@@ -60,6 +60,9 @@ class Links:
         fits: the line of each collective and group.
         shares: how much two resources slow each other, from 0 (not at all) to 1 (together they take the sum).
         lanes: collectives of one group that the backend works on at once.
+        lag: what a message takes when nothing else is under way, beyond latency and the link's work on it, as a share
+            of that work. Over TCP acknowledgements wait behind the bytes of the other direction, and a rank for the
+            slower of two others. Calls back to back, as the lines are measured, hide it, and so do chunks.
         refused: why a line is not to be relied on, by collective and group.
         seconds: that the measurement took.
     """
@@ -67,6 +70,7 @@ class Links:
     fits: Mapping[tuple[Op, Axis], AlphaBeta]
     shares: Mapping[tuple[str, str], float] = field(default_factory=dict)
     lanes: int = 1
+    lag: float = 0.0
     refused: Mapping[tuple[Op, Axis], str] = field(default_factory=dict)
     seconds: float = 0.0
 
@@ -78,10 +82,12 @@ class Links:
         """
         found = self.fits.get((message.op, message.axis))
         if found is not None:
-            return found.alpha_s, found.beta_s_per_byte * message.n_bytes
+            work_s = found.beta_s_per_byte * message.n_bytes
+            return found.alpha_s + self.lag * work_s, work_s
         gather = self.fits.get(("all_gather", message.axis))
         if message.op == "all_reduce" and gather is not None:  # its two halves
-            return 2 * gather.alpha_s, 2 * gather.beta_s_per_byte * message.n_bytes
+            work_s = gather.beta_s_per_byte * message.n_bytes
+            return 2 * (gather.alpha_s + self.lag * work_s), 2 * work_s
         raise ValueError(
             f"there is no line for {message.op} over {message.axis}: its time is unknown. Measure the links with these "
             "sizes of groups."
@@ -99,6 +105,7 @@ class Links:
             "fits": [[*key, fit.alpha_s, fit.beta_s_per_byte, fit.residual] for key, fit in self.fits.items()],
             "shares": [[*key, share] for key, share in self.shares.items()],
             "lanes": self.lanes,
+            "lag": self.lag,
             "refused": [[*key, reason] for key, reason in self.refused.items()],
             "seconds": self.seconds,
         }
@@ -110,12 +117,15 @@ class Links:
             fits={(op, axis): AlphaBeta(*line) for op, axis, *line in values["fits"]},
             shares={(one, other): share for one, other, share in values["shares"]},
             lanes=values["lanes"],
+            lag=values["lag"],
             refused={(op, axis): reason for op, axis, reason in values["refused"]},
             seconds=values["seconds"],
         )
 
 
-def measure_links(sizes: MoESizes, sampler: Sampler, *, lanes: int = 1, budget_s: float = 2.5) -> Links:
+def measure_links(
+    sizes: MoESizes, sampler: Sampler, *, lanes: int = 1, lag: float = 0.0, budget_s: float = 2.5
+) -> Links:
     """Measure what the collectives of layers cost. All ranks call it, and get the same answer.
 
     All they decide on the way, they decide by times that they agree on.
@@ -124,6 +134,7 @@ def measure_links(sizes: MoESizes, sampler: Sampler, *, lanes: int = 1, budget_s
         sizes: of the groups.
         sampler: what times collectives.
         lanes: collectives of one group that the backend works on at once.
+        lag: of the backend: it is too noisy to be measured in time.
         budget_s: seconds for everything, roughly. On slow links messages are smaller and rounds fewer; two sizes are
             always measured, once at least.
     """
@@ -136,13 +147,13 @@ def measure_links(sizes: MoESizes, sampler: Sampler, *, lanes: int = 1, budget_s
         fits[key] = AlphaBeta(*fit_line(points, robust=True))
         if (reason := why_refused(points, fits[key])) is not None:
             refused[key] = reason
-    shares = _shares(clock, fits, twin, budget_s=budget_s)
+    shares = _shares(clock, fits, twin, lag=lag, budget_s=budget_s)
     for op, axis in LINKS:
         if axis in twin:
             fits[op, axis] = fits[op, twin[axis]]
             if (op, twin[axis]) in refused:
                 refused[op, axis] = refused[op, twin[axis]]
-    return Links(fits, shares, lanes, refused, clock.spent_s)
+    return Links(fits, shares, lanes, lag, refused, clock.spent_s)
 
 
 def twins(sizes: MoESizes) -> dict[Axis, Axis]:
@@ -233,7 +244,7 @@ def _plan(per_byte: float, *, budget_s: float) -> list[tuple[int, int]]:
     left = affordable
     for size in _SIZES:
         size = size if size <= left else min(size, sample)
-        calls = -(-sample // size)
+        calls = max(2, -(-sample // size))  # by itself a message takes longer
         if len(plan) >= 2 and (size * calls > left or size <= plan[-1][0]):
             break
         plan.append((size, calls))
@@ -242,14 +253,19 @@ def _plan(per_byte: float, *, budget_s: float) -> list[tuple[int, int]]:
 
 
 def _shares(
-    clock: _Budgeted, fits: Mapping[tuple[Op, Axis], AlphaBeta], twin: Mapping[Axis, Axis], *, budget_s: float
+    clock: _Budgeted,
+    fits: Mapping[tuple[Op, Axis], AlphaBeta],
+    twin: Mapping[Axis, Axis],
+    *,
+    lag: float,
+    budget_s: float,
 ) -> dict[tuple[str, str], float]:
     """How much groups, and the device, slow each other."""
     pairs = {meet: (twin[meet[0]], twin[meet[1]]) for meet in _MEET if meet[0] in twin and meet[1] in twin}
     measured = sorted({pair for pair in pairs.values() if pair[0] != pair[1]})
     axes = sorted(set(twin.values()))
     each_s = max(budget_s - clock.spent_s, 0.2 * budget_s) / (2 * len(measured) + 3 * len(axes))
-    lasting = {axis: _lasting(axis, fits, min(each_s, _TOGETHER_S)) for axis in axes}
+    lasting = {axis: _lasting(axis, fits, min(each_s, _TOGETHER_S), lag) for axis in axes}
     between: dict[tuple[Axis, Axis], list[float]] = defaultdict(list)
     beside: dict[Axis, list[float]] = defaultdict(list)
     for _ in range(_TOGETHER_ROUNDS):
@@ -276,11 +292,12 @@ def _share_of(one_s: float, other_s: float, both_s: float) -> float:
 
 
 def _lasting(
-    axis: Axis, fits: Mapping[tuple[Op, Axis], AlphaBeta], seconds: float
+    axis: Axis, fits: Mapping[tuple[Op, Axis], AlphaBeta], seconds: float, lag: float
 ) -> tuple[tuple[Op, Axis, int], float]:
     """A collective of about so many seconds, within the sizes that were measured, and its seconds."""
     op = next(op for op, at in fits if at == axis)
     line = fits[op, axis]
-    wanted = (seconds - line.alpha_s) / line.beta_s_per_byte if line.beta_s_per_byte else _SIZES[-1]
+    per_byte = (1 + lag) * line.beta_s_per_byte
+    wanted = (seconds - line.alpha_s) / per_byte if per_byte else _SIZES[-1]
     n_bytes = int(min(max(wanted, _LEAST_SAMPLE_BYTES), _SIZES[-1]))
-    return (op, axis, n_bytes), line.predict(n_bytes)
+    return (op, axis, n_bytes), line.alpha_s + per_byte * n_bytes

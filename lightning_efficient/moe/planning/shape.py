@@ -6,6 +6,7 @@ per expert (capacity), N rows.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -150,10 +151,16 @@ class Rows:
     tokens: int
 
 
-def rows(schedule: Schedule, shape: LayerShape, sizes: MoESizes) -> Rows:
+def rows(schedule: Schedule, shape: LayerShape, sizes: MoESizes, *, uneven: float = 1.0) -> Rows:
     """Return the rows of a schedule on one rank.
 
     Slots are padded so that chunks, and after the gate also the parts of the MP group, are equal.
+
+    Args:
+        schedule: with its chunks.
+        shape: of the layer.
+        sizes: of the groups.
+        uneven: rows of the rank that has most, over the mean, where rows are as many as there are; 1: even routing.
     """
     mp, esp, E = sizes.model_parallel, sizes.expert_sharding, shape.num_experts
     part = -(-shape.tokens // mp)
@@ -161,7 +168,7 @@ def rows(schedule: Schedule, shape: LayerShape, sizes: MoESizes) -> Rows:
     inputs = esp if schedule.split == "gather" else 1  # each routed by itself
     parts = mp if schedule.split == "after" else 1
     if shape.capacity_factor is None or schedule.packed:
-        filled = shape.top_k * routed
+        filled = math.ceil(uneven * shape.top_k * routed)
         if shape.capacity_factor is not None:
             filled = min(filled, E * shape.capacity(routed))
         slots = _up_to(inputs * filled, parts * schedule.chunks)

@@ -83,7 +83,9 @@ class Compute:
 Step: TypeAlias = Start | Wait | Compute
 
 
-def steps(schedule: Schedule, shape: LayerShape, sizes: MoESizes, *, backward: bool = False) -> list[Step]:
+def steps(
+    schedule: Schedule, shape: LayerShape, sizes: MoESizes, *, backward: bool = False, uneven: float = 1.0
+) -> list[Step]:
     """Return what a rank does in a layer, in order.
 
     Args:
@@ -91,8 +93,9 @@ def steps(schedule: Schedule, shape: LayerShape, sizes: MoESizes, *, backward: b
         shape: of the layer.
         sizes: of the groups.
         backward: that direction.
+        uneven: as :func:`~lightning_efficient.moe.planning.shape.rows` takes it.
     """
-    forward = _Forward(schedule, shape, sizes).steps
+    forward = _Forward(schedule, shape, sizes, uneven).steps
     if not backward:
         return [step for step in forward if isinstance(step, Compute) or _start_of(step).forward is not None]
     turned: list[Step] = []
@@ -142,10 +145,10 @@ def ranks_of(sizes: MoESizes) -> dict[Axis, int]:
 class _Forward:
     """Writes the steps down as the layer takes them."""
 
-    def __init__(self, schedule: Schedule, shape: LayerShape, sizes: MoESizes) -> None:
+    def __init__(self, schedule: Schedule, shape: LayerShape, sizes: MoESizes, uneven: float) -> None:
         self.steps: list[Step] = []
         self._schedule, self._shape = schedule, shape
-        self._rows: Rows = rows(schedule, shape, sizes)
+        self._rows: Rows = rows(schedule, shape, sizes, uneven=uneven)
         self._ranks = ranks_of(sizes)
         self._counts_vary = schedule.packed or shape.capacity_factor is None
         self._flights = 0
@@ -234,9 +237,10 @@ class _Forward:
         before, after = _AROUND_EXPERTS[self._schedule.transport]
         for forward, backward in before:
             self._run(self._start("esp", forward, part * M, backward))
-        self._compute("move", part)
+        moved = 2 * part if self._counts_vary else part  # into the order of experts, besides
+        self._compute("move", moved)
         self._compute("experts", part)
-        self._compute("move", part)
+        self._compute("move", moved)
         for forward, backward in after:
             self._run(self._start("esp", forward, part * M, backward))
 

@@ -2,46 +2,38 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from lightning_efficient.moe.agreement import from_first
 from lightning_efficient.moe.layer import MoELayer
 from lightning_efficient.moe.planning.sampler import Clock
+from lightning_efficient.moe.planning.search import Search
 from lightning_efficient.moe.schedule import Schedule
 from lightning_efficient.moe.traffic import without_counting
 
-# Whoever is that far behind the best is not run again: after the first turn, in which memory is taken, and later.
-_FAR_BEHIND, _BEHIND = 1.5, 1.15
+# Where the first run takes no more than this share of the budget, each schedule runs once before it counts.
+_SHORT = 0.1
 
 
 def run_trials(
-    layer: MoELayer,
-    schedules: Sequence[Schedule],
-    *,
-    tokens: Tensor,
-    clock: Clock,
-    rounds: int = 5,
-    budget_s: float = 3.0,
-) -> dict[Schedule, float]:
-    """Time forward and backward of a layer by each schedule. All ranks call it, and get the same answer.
+    layer: MoELayer, search: Search, *, tokens: Tensor, clock: Clock, turns: int = 40, budget_s: float = 2.5
+) -> None:
+    """Run forward and backward of a layer by the schedules that the search asks for, and tell it the seconds.
 
-    Schedules take turns, so that what disturbs the machine disturbs all alike. The time of a turn is that of the
-    slowest rank. Gradients, counters and the state of generators and of the layer stay as they are.
+    All ranks call it; rank 0 decides which comes next, and the time of a turn is that of the slowest rank. Memory is
+    taken in runs that do not count. Gradients, counters and the state of generators and of the layer stay as they are.
 
     Args:
         layer: the layer.
-        schedules: to compare.
+        search: of the schedules; it knows the times afterwards.
         tokens: (S, M), of the shape and kind that the layer will get; their values are not used.
         clock: of all ranks.
-        rounds: turns of each that count, at most; one before them does not.
-        budget_s: seconds for everything, roughly; one turn counts at least.
-
-    Returns:
-        The median seconds of each; of those far behind after the first turn, that turn's.
+        turns: that count, at most.
+        budget_s: seconds for everything, roughly. Two turns count however long they take.
     """
     with _untouched(tokens.device):
         # Tokens are equal on an MP group, as in training.
@@ -54,22 +46,19 @@ def run_trials(
             y_SM, _ = layer.run(x_SM, schedule)
             torch.autograd.grad(y_SM, wanted, grad_SM.to(y_SM.dtype), allow_unused=True)
 
-        first: dict[Schedule, float] = {}
-        for schedule in schedules:
-            first[schedule] = clock.time(lambda each=schedule: step(each))  # type: ignore[misc]
-        spent_s = sum(first.values())
-        running = [each for each in schedules if first[each] <= _FAR_BEHIND * min(first.values())]
-        times: dict[Schedule, list[float]] = {each: [] for each in running}
-        for number in range(rounds):
-            for schedule in running:
-                times[schedule].append(clock.time(lambda each=schedule: step(each)))  # type: ignore[misc]
-                spent_s += times[schedule][-1]
-            if number > 0:
-                medians = {each: statistics.median(times[each]) for each in running}
-                running = [each for each in running if medians[each] <= _BEHIND * min(medians.values())]
-            if spent_s > budget_s or len(running) == 1:
+        spent_s, cold_s = 0.0, 0.0
+        for turn in range(turns):
+            schedule = from_first(search.next(), layer.topology.world)
+            if schedule is None:
                 break
-    return {each: statistics.median(times.get(each, [first[each]])) for each in schedules}
+            if turn == 0 or (schedule not in search.runs and cold_s < _SHORT * budget_s):
+                cold_s = clock.time(lambda: step(schedule))  # noqa: B023
+                spent_s += cold_s
+            seconds = clock.time(lambda: step(schedule))  # noqa: B023
+            search.note(schedule, seconds)
+            spent_s += seconds
+            if spent_s > budget_s and turn > 0:
+                break
 
 
 @contextmanager

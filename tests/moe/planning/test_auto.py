@@ -26,7 +26,7 @@ def made(sizes=SIZES, **options):
 
 
 def quick(topology, **options):
-    return AutoSchedule(topology, **{"trials": 1, "budget_s": 0.5, **options})
+    return AutoSchedule(topology, **{"trials": 1, "budget_s": 1.2, **options})
 
 
 def choose_with_noise(rank, world_size, trials):

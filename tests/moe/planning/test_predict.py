@@ -6,7 +6,7 @@ from lightning_efficient._links import AlphaBeta
 from lightning_efficient.moe import MoESizes, schedule_named
 from lightning_efficient.moe.planning import DeviceCost, LayerShape, Links, Prediction, candidates, choose, predict
 from lightning_efficient.moe.planning.links import LINKS
-from lightning_efficient.moe.planning.predict import fallback, shortlist
+from lightning_efficient.moe.planning.predict import fallback
 
 SIZES = MoESizes(2, 2, 2)
 SHAPE = LayerShape(tokens=1024, dim=512, hidden=1024, num_experts=8, top_k=2)
@@ -131,15 +131,6 @@ def test_of_equally_fast_ones_the_simpler_is_chosen():
     assert chosen(1.05, 1.0) == "s1_hier/8"
     # What was measured counts more than what was predicted.
     assert chosen(1.0, 2.0, measured={"s1": 3.0, "s1_hier/8": 2.0}) == "s1_hier/8"
-
-
-def test_the_shortlist_holds_the_best_and_different_ones():
-    seconds = {"s1": 1.3, "s1/2": 1.0, "s1/4": 1.01, "s1/8": 1.02, "s1_hier": 1.2, "s2_saa/2": 1.25, "s2": 1.5}
-    found = [each.label for each in shortlist([Prediction(schedule_named(k), v, 0.0) for k, v in seconds.items()])]
-    assert found[0] == "s1/2"
-    assert {"s1/2", "s1/4", "s1_hier", "s2_saa/2"} <= set(found)
-    assert "s2" not in found
-    assert len(found) == 5
 
 
 def test_without_measurements_the_one_that_sends_least_runs():
