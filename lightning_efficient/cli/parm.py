@@ -32,7 +32,7 @@ _ACTIVATIONS = ("swiglu", "gelu", "relu")
 _DTYPES = ("float32", "bfloat16", "float16")
 _DESCRIPTION = """\
 Measures the links between the ranks and the work of one mixture-of-experts layer, predicts forward and backward by
-each schedule of Parm, runs the best few, and says which one is fastest here. Starts its processes itself, or joins
+each schedule of Parm, runs those that may be the fastest, and says which one is. Starts its processes itself, or joins
 those that torchrun started, on one machine or several. Nothing is trained.
 """
 _EXAMPLES = """\

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, TypeAlias
 
 import torch
@@ -28,7 +29,7 @@ from lightning_efficient.moe.topology import MoETopology
 Activation: TypeAlias = Literal["swiglu", "gelu", "relu"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ExpertWeights:
     """What the experts of this rank compute with, plain tensors in the dtype of the rows.
 
@@ -46,8 +47,24 @@ class ExpertWeights:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> ExpertWeights:
         """Return the weights with each tensor changed."""
-        tensors = (self.into_EMN, self.out_EHM, self.bias_in_EN, self.bias_out_EM)
-        return ExpertWeights(*(None if each is None else change(each) for each in tensors))  # type: ignore[arg-type]
+        return ExpertWeights(*(None if each is None else change(each) for each in self._tensors))  # type: ignore[arg-type]
+
+    @property
+    def _tensors(self) -> tuple[Tensor | None, ...]:
+        return self.into_EMN, self.out_EHM, self.bias_in_EN, self.bias_out_EM
+
+    @cached_property
+    def of_each(self) -> list[ExpertWeights]:
+        """The weights of each expert alone.
+
+        Cut once for all chunks: the gradients of the parts are put together once, where each slice by itself would
+        have a gradient of the size of the whole.
+        """
+        cut = [None if each is None else each.split(1) for each in self._tensors]
+        return [
+            ExpertWeights(*(None if each is None else each[number] for each in cut))  # type: ignore[arg-type]
+            for number in range(len(self.into_EMN))
+        ]
 
 
 class Experts(nn.Module):
@@ -190,11 +207,8 @@ class Experts(nn.Module):
         """
         if _grouped_mm_is_sound(x_NM, weights):
             return self._grouped(x_NM, counts, weights)
-        parts = [
-            self.padded(x_RM[None], weights.map(lambda each: each[number : number + 1]))[0]  # noqa: B023
-            for number, x_RM in enumerate(x_NM.split(list(counts)))
-        ]
-        return torch.cat(parts)
+        rows = x_NM.split(list(counts))
+        return torch.cat([self.padded(x_RM[None], each)[0] for x_RM, each in zip(rows, weights.of_each, strict=True)])
 
     def _grouped(self, x_NM: Tensor, counts: Sequence[int], weights: ExpertWeights) -> Tensor:
         ends_E = torch.tensor(counts, device=x_NM.device, dtype=torch.int32).cumsum(0, dtype=torch.int32)

@@ -118,6 +118,9 @@ class GradientSync:
         no gradient; one that some rank used has one on all.
         """
         if not self.enabled:
+            for each in [each for each in self._held if each.grad is None]:  # this backward did not use it
+                each.grad = self._held.pop(each)
+                self._whole.add(each)
             return
         self.overlapped += sum(bucket.work is not None for bucket in self.buckets)
         while self._next < len(self.buckets):

@@ -192,6 +192,7 @@ class Router(nn.Module):
         """
         E = self.num_experts
         probs_E, counts_E, z = load.split((E, E, 1))
+        tokens = max(tokens, 1)  # of none, the losses are 0
         balance = E * (probs_E / tokens * (counts_E.detach() / (self.top_k * tokens))).sum()
         return balance, z[0] / tokens
 

@@ -95,6 +95,13 @@ def backward(net: Net, sync: GradientSync, step: int, d: int, *, sometimes: bool
     sync.finish()
 
 
+def _sum(one: dict[str, Tensor | None], other: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+    return {
+        name: grad if (more := other[name]) is None else more if grad is None else grad + more
+        for name, grad in one.items()
+    }
+
+
 def _steps(rank: int, world: int) -> list[dict[str, Any]]:
     found = []
     for sizes in SOME_SPLITS:
@@ -137,6 +144,16 @@ def _steps(rank: int, world: int) -> list[dict[str, Any]]:
         backward(net, sync, 4, d, sometimes=False)
         results["used by none"] = apart(net, one_process(D, (4,), by_none), topology)
         results["never"] = net.never.weight.grad is None
+
+        # On top of whole gradients comes a micro-batch that is not synced and leaves some parameters out.
+        net.zero_grad()
+        backward(net, sync, 5, d)
+        sync.enabled = False
+        backward(net, sync, 6, d, sometimes=False)
+        sync.enabled = True
+        backward(net, sync, 7, d)
+        parts = one_process(D, (5, 7)), one_process(D, (6,), by_none)
+        results["whole ones outlive a micro-batch"] = apart(net, _sum(*parts), topology)
         found.append(results)
     return found
 

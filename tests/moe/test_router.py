@@ -190,6 +190,12 @@ def test_balance_is_1_where_loads_are_even_and_e_where_all_go_to_one() -> None:
     assert float(router.losses(router(torch.ones(6, 4, dtype=torch.float64)).load.detach(), 6)[0]) == pytest.approx(4.0)
 
 
+def test_of_no_tokens_the_losses_are_zero() -> None:
+    router = Router(4, 4, 2)
+    balance, z = router.losses(router(torch.ones(0, 4)).load, 0)
+    assert float(balance) == float(z) == 0
+
+
 def test_noise_is_uniform_within_its_bounds_and_the_same_for_the_same_seed() -> None:
     router, ones = Router(4, 8, 2, jitter=0.1), torch.ones(1000, 4)
     noisy = router.noise(ones, 5)

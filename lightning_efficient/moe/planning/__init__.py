@@ -2,8 +2,8 @@
 
 ``shape`` has the sizes of a layer, ``steps`` what a rank does in it, and from both its traffic. ``links`` and
 ``device`` measure what a step costs (``sampler`` has the clock), ``timeline`` plays the steps, ``predict`` names the
-candidates and chooses, ``trials`` runs the best few. ``auto`` does all of it for a layer, ``plan`` keeps the outcome,
-``report`` shows it.
+candidates and chooses. ``trials`` runs those of them that ``search`` asks for. ``auto`` does all of it for a layer,
+``plan`` keeps the outcome, ``report`` shows it.
 """
 
 from lightning_efficient.moe.planning.auto import AutoSchedule

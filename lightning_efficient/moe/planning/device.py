@@ -91,7 +91,7 @@ def _measure(
     few = max(1, min(64, most // _MANY))
     while True:  # enough rows to be timed, on what this device is
         _time_both(make(few), clock)
-        seconds = sum(_time_both(make(few), clock))
+        (seconds,) = clock.slowest(sum(_time_both(make(few), clock)))
         spent_s += 2 * seconds
         if seconds > _LONG_ENOUGH_S / 3 or few * _MANY * 2 > most:
             break
@@ -100,10 +100,11 @@ def _measure(
     for _ in range(_ROUNDS):
         for n, own in times.items():
             own.append(_time_both(make(n), clock))
-            spent_s += sum(own[-1])
+        spent_s += clock.slowest(sum(sum(own[-1]) for own in times.values()))[0]
         if spent_s > budget_s:
             break
-    medians = {n: [statistics.median(way) for way in zip(*own, strict=True)] for n, own in times.items()}
+    # The rank that is slowest in the median: in a single round, one of many that share cores always has to wait.
+    medians = {n: clock.slowest(*map(statistics.median, zip(*own, strict=True))) for n, own in times.items()}
     ways: tuple[Direction, Direction] = ("forward", "backward")
     return {
         way: AlphaBeta(*fit_line([(float(n), each[index]) for n, each in medians.items()]))
@@ -112,13 +113,13 @@ def _measure(
 
 
 def _time_both(run: Run, clock: Clock) -> tuple[float, float]:
-    """Seconds of forward and backward on the slowest rank."""
+    """Seconds of forward and backward on this rank."""
     made: list[tuple[Tensor, Sequence[Tensor]]] = []
     with torch.enable_grad():
-        forward_s = clock.time(lambda: made.append(run()))
+        forward_s = clock.own_time(lambda: made.append(run()))
         y, inputs = made[0]
         grad = torch.ones_like(y)
-        backward_s = clock.time(lambda: torch.autograd.grad(y, inputs, grad))
+        backward_s = clock.own_time(lambda: torch.autograd.grad(y, inputs, grad))
     return forward_s, backward_s
 
 

@@ -16,7 +16,8 @@ from lightning_efficient.moe.schedule import Schedule
 from lightning_efficient.moe.traffic import without_counting
 
 # Where the first run takes no more than this share of the budget, each schedule runs once before it counts.
-_SHORT = 0.1
+_SHORT = 0.04
+_LEAST_TURNS = 6
 
 
 def run_trials(
@@ -33,7 +34,7 @@ def run_trials(
         tokens: (S, M), of the shape and kind that the layer will get; their values are not used.
         clock: of all ranks.
         turns: that count, at most.
-        budget_s: seconds for everything, roughly. Two turns count however long they take.
+        budget_s: seconds for everything, roughly. Six turns count however long they take.
     """
     with _untouched(tokens.device):
         # Tokens are equal on an MP group, as in training.
@@ -57,7 +58,7 @@ def run_trials(
             seconds = clock.time(lambda: step(schedule))  # noqa: B023
             search.note(schedule, seconds)
             spent_s += seconds
-            if spent_s > budget_s and turn > 0:
+            if spent_s > budget_s and turn + 1 >= _LEAST_TURNS:
                 break
 
 
