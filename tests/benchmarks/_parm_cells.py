@@ -61,8 +61,8 @@ SHAPES = {
 GRID = {
     "slow_inter@200mbit": {"2,2,2": "ABCDEF", "2,4,1": "ABCE", "4,4,1": "BCG", "1,2,2": "BC", "4,2,2": "BCG"},
     "slow_inter@50mbit": {"2,2,2": "ABDF", "2,4,1": "BE", "4,4,1": "BF", "1,2,2": "B", "4,2,2": "B"},
-    "homogeneous@200mbit": {"2,2,2": "ABCE", "2,4,1": "BCF", "4,4,1": "BD", "1,2,2": "B", "4,2,2": "BG"},
-    "unlimited": {"2,2,2": "BC", "2,4,1": "B", "4,4,1": "D", "1,2,2": "F", "4,2,2": "E"},
+    "homogeneous@200mbit": {"2,2,2": "ABCE", "2,4,1": "BF", "4,4,1": "BD", "4,2,2": "BG"},
+    "unlimited": {"2,2,2": "B", "2,4,1": "B", "4,4,1": "D", "1,2,2": "F", "4,2,2": "E"},
 }
 """By network and topology (MP, EP, ESP): shapes."""
 
