@@ -25,6 +25,7 @@ quickstart: $(VENV)/.installed-core ## train a small Llama on real text over two
 	@echo "  lightning-efficient fit -c quickstart.yaml --trainer.strategy top_k     the same with another compressor"
 	@echo "  lightning-efficient compression recommend -c quickstart.yaml            is compression worth it on this link?"
 	@echo "  lightning-efficient dissect -c quickstart.yaml                          where do the time and memory of a step go?"
+	@echo "  lightning-efficient fit -c moe/parm                                     a mixture of experts over four processes"
 	@echo "  lightning-efficient doctor                                              what this machine has, and what it lacks"
 	@echo "  docs/tutorials/first_recipe.md                                          your first recipe, step by step"
 

@@ -30,8 +30,9 @@ def grad_norm(parameters: Iterable[Tensor], topology: MoETopology) -> Tensor:
     Returns:
         A scalar, float32 or wider.
     """
+    parameters = list(parameters)
     grads = [(each.grad, _parts(each)) for each in parameters if each.grad is not None]
-    device = local(grads[0][0]).device if grads else torch.device("cpu")
+    device = local(parameters[0]).device if parameters else torch.device("cpu")
     squares = torch.zeros((), dtype=torch.float64, device=device)
     for parts in sorted({parts for _, parts in grads}):
         norms = torch.nn.utils.get_total_norm([local(grad) for grad, of in grads if of == parts])

@@ -151,6 +151,8 @@ class GradientSync:
     def _send(self) -> None:
         bucket = self.buckets[self._next]
         self._next += 1
+        for each in bucket.parameters:
+            _add_up_parts(each)
         grads = [None if each.grad is None else local(each.grad) for each in bucket.parameters]
         if bucket.group.size == 1:
             return
@@ -188,14 +190,23 @@ class GradientSync:
     def _unpack_flat(self, bucket: Bucket, by: int) -> None:
         assert bucket.flat is not None
         bucket.work.wait()
+        if by > 1:
+            bucket.flat.div_(by)
         sizes = [local(each).numel() for each in bucket.parameters]
         *grads, used = bucket.flat.split([*sizes, len(sizes)])
         missing = any(each.grad is None for each in bucket.parameters)
-        for number, (each, grad) in enumerate(zip(bucket.parameters, grads, strict=True)):
-            if missing and each.grad is None and not used[number]:
-                continue
-            _set_grad(each, grad.div_(by).view_as(local(each)))
+        by_some = used.tolist() if missing else [True] * len(grads)
+        for each, grad, is_used in zip(bucket.parameters, grads, by_some, strict=True):
+            if is_used:
+                _set_grad(each, grad.view_as(local(each)))
         bucket.flat = bucket.work = None
+
+
+def _add_up_parts(parameter: nn.Parameter) -> None:
+    """Make the gradient whole where tensor parallelism left parts of a sum, as for norms in sequence parallelism."""
+    grad = parameter.grad
+    if isinstance(grad, DTensor) and isinstance(parameter, DTensor) and grad.placements != parameter.placements:
+        parameter.grad = grad.redistribute(placements=parameter.placements)
 
 
 def _set_grad(parameter: nn.Parameter, grad: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -139,9 +140,11 @@ class MoELayer(nn.Module):
         x_SM = x.reshape(-1, x.shape[-1])
         if self.check is not None:
             self.check(x_SM)
-        y_SM, self.stats = self.run(x_SM, self.scheduler.schedule_for(self, x_SM))
-        balance, z = self.router.losses(self.stats.load, self.stats.tokens)
+        y_SM, stats = self.run(x_SM, self.scheduler.schedule_for(self, x_SM))
+        balance, z = self.router.losses(stats.load, stats.tokens)
         self.aux_loss = self.aux_loss_coef * balance + self.z_loss_coef * z
+        # Without the graph, which would keep what a checkpoint computed again until the next forward.
+        self.stats = replace(stats, load=stats.load.detach())
         return y_SM.view(x.shape)
 
     def run(self, x_SM: Tensor, schedule: Schedule) -> tuple[Tensor, LayerStats]:

@@ -110,7 +110,7 @@ def _ragged(routing: Routing, chunks: int, shares: int) -> Layout:
     """Part p of P of each queue of n holds the positions from floor(p n / P) on; parts count shares first."""
     parts, T = chunks * shares, routing.capacity
     counts_E = routing.counts_E if T is None else routing.counts_E.clamp(max=T)
-    counts = counts_E.tolist()  # the one wait for the device: sizes of what is sent must be known to the host
+    counts = counts_E.tolist()  # waits for the device: sizes of what is sent must be known to the host
     begins_PE = torch.tensor([[part * n // parts for n in counts] for part in range(parts + 1)])
     sizes_PE = begins_PE.diff(dim=0)
     # Part number share * chunks + chunk lies at block chunk * shares + share.

@@ -63,10 +63,10 @@ def exchange_counts(counts_CE: Tensor, topology: MoETopology, kind: Transport) -
         arriving = collectives.all_to_all(by_owner, topology.block)
     else:
         arriving = collectives.all_to_all(by_owner, topology.ep)
-    gathered = arriving
-    if kind in ("hierarchical", "all_reduce"):
-        gathered = collectives.merge(arriving, topology.esp)
-    arriving, gathered = arriving.cpu(), gathered.cpu()
+    gathers = kind in ("hierarchical", "all_reduce")
+    gathered = collectives.merge(arriving, topology.esp).cpu() if gathers else None
+    arriving = arriving.cpu()
+    gathered = arriving if gathered is None else gathered
     return [RaggedCounts(counts_CE[chunk], arriving[:, chunk], gathered[:, chunk]) for chunk in range(C)]
 
 
@@ -152,7 +152,7 @@ class RaggedTransport:
 
     def _run(self, x_NM: Tensor, weights: ExpertWeights) -> Tensor:
         y_NM = self.experts(x_NM.index_select(0, self.order), weights, self.counts)
-        return torch.zeros_like(x_NM).index_copy(0, self.order, y_NM)
+        return torch.zeros_like(x_NM).index_copy_(0, self.order, y_NM)
 
 
 def _pad(x_NM: Tensor, rows: int) -> Tensor:

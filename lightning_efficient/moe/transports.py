@@ -111,8 +111,8 @@ class EvenTransport:
         """Rows by source, chunk and expert -> by expert, through the experts, and back."""
         L, M = weights.into_EMN.shape[0], x_NM.shape[-1]
         self.rows += x_NM.shape[0]
-        x_SLTM = x_NM.view(-1, L, x_NM.shape[0] // (self._sources * chunks * L), M)
-        y_LRM: Tensor = self.experts(x_SLTM.transpose(0, 1).reshape(L, -1, M), weights)
+        x_SLTM = x_NM.view(self._sources * chunks, L, x_NM.shape[0] // (self._sources * chunks * L), M)
+        y_LRM: Tensor = self.experts(x_SLTM.transpose(0, 1).reshape(L, x_NM.shape[0] // L, M), weights)
         return y_LRM.view(L, *x_SLTM.shape[::2], M).transpose(0, 1).reshape(x_NM.shape)
 
     @property

@@ -82,8 +82,11 @@ class Schedules:
             may_drop: whether a layer has a capacity: then S1 and S2 differ, and a choice keeps to the one that was.
         """
         if isinstance(self.scheduler, AutoSchedule) and "auto" in state:
-            self.scheduler.load_state_dict({**state["auto"], "plan": _readable(state["auto"]["plan"])})
-            return
+            free = self.scheduler.name is None
+            kept = state["auto"]["kept"] if free else []  # a name says where tokens are split
+            self.scheduler.load_state_dict({"plan": _readable(state["auto"]["plan"]), "kept": kept})
+            if free:
+                return
         if not may_drop:
             return
         by_slice = _drop_by_slice(state)

@@ -37,6 +37,7 @@ from lightning_efficient.moe import (
 )
 from lightning_efficient.moe.agreement import broadcast_weights, random_state_of_first, share_random_state
 from lightning_efficient.moe.parameter_groups import kind_of
+from lightning_efficient.moe.planning import LayerShape
 from lightning_efficient.strategies._parm_schedules import Schedules, fixed_schedule, make_scheduler
 
 CHECKPOINT_KEY = "parm"
@@ -302,7 +303,7 @@ class ParmStrategy(ModelParallelStrategy):
         for shape, schedule in self._schedules.untold().items():
             rank_zero_info(self._schedules.describe(shape))
             for logger in self._module.trainer.loggers:
-                logger.log_hyperparams({f"parm/schedule/{shape.tokens}x{shape.dim}": schedule.label})
+                logger.log_hyperparams({f"parm/schedule/{_named(shape)}": schedule.label})
 
     # ---- checkpoints -----------------------------------------------------------------------------------------------
 
@@ -330,7 +331,7 @@ class ParmStrategy(ModelParallelStrategy):
 
     @override
     def on_exception(self, exception: BaseException) -> None:
-        if isinstance(exception, RuntimeError) and _is_lost_contact(str(exception)):
+        if _is_lost_contact(exception):
             log.error(
                 "Rank %d waited in vain for another: it has died, hangs (timeout: %g s), or brought fewer batches. "
                 "Look at the first error of the other ranks, and give all equally many batches of one size.",
@@ -384,8 +385,14 @@ def _trainable(parameters: Iterable[Tensor]) -> list[Tensor]:
     return [each for each in parameters if each.requires_grad]
 
 
-def _is_lost_contact(message: str) -> bool:
-    return any(words in message.lower() for words in ("timed out", "timeout", "connection", "connect", "nccl"))
+def _is_lost_contact(error: BaseException) -> bool:
+    """Whether a collective failed: gloo says so in plain RuntimeErrors, with the place in its source."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+def _named(shape: LayerShape) -> str:
+    room = "dropless" if shape.capacity_factor is None else f"f{shape.capacity_factor:g}"
+    return f"{shape.tokens}x{shape.dim}_{shape.num_experts}x{shape.hidden}_{room}"
 
 
 def _size(n_bytes: float) -> str:

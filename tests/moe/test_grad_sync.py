@@ -1,5 +1,6 @@
 """Gradients after the sync are those of one process, whatever the backwards of a step, and leave while it runs."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -8,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import SequenceParallel, parallelize_module
 
 from lightning_efficient.moe import FixedSchedule, GradientSync, MoELayer, MoESizes, MoETopology, aux_loss, parallelize
 from lightning_efficient.moe.experts import local
@@ -197,6 +200,34 @@ def test_replicas_with_the_same_data_leave_every_gradient_unchanged() -> None:
     for found in run_ranks(_replicas, 4, settings, results, timeout=120):
         assert len(found) == len(SOME_SPLITS) * 2
         assert max(value for each in found for value in each.values()) < 1e-9
+
+
+def _sequence_parallel(rank: int, world: int) -> dict[str, float]:
+    """Norms in sequence parallelism: each rank of an MP group has the gradient of its part of the sequence."""
+    topology = MoETopology.create(MoESizes(2, 1, 1))
+    mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("data_parallel", "tensor_parallel"))
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.LayerNorm(M), nn.Linear(M, M)).double()
+    alone = copy.deepcopy(net)
+    parallelize_module(net[0], mesh["tensor_parallel"], SequenceParallel(sequence_dim=0, use_local_output=True))
+    sync = GradientSync(net, topology)
+    data = data_of(0, topology.dp.rank)
+    mine = net[0](data.chunk(2)[topology.mp.rank])
+    (mine.square().sum() / 2).backward()
+    sync.finish()
+    for d in range(topology.dp.size):
+        (alone[0](data_of(0, d)).square().sum() / 2 / topology.dp.size).backward()
+    return {
+        name: float((local(each.grad) - alone[0].get_parameter(name).grad).abs().max())
+        for name, each in net[0].named_parameters()
+    }
+
+
+@pytest.mark.distributed
+def test_partial_gradients_of_tensor_parallelism_are_added_up() -> None:
+    for found in run_ranks(_sequence_parallel, 4, timeout=120):
+        assert set(found) == {"weight", "bias"}
+        assert max(found.values()) < 1e-12
 
 
 def _overlap(rank: int, world: int) -> dict[str, Any]:

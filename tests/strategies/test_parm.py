@@ -342,7 +342,7 @@ def test_weights_drawn_late_are_those_that_rank_0_draws(others: list[dict[str, A
 
 def test_figures_reach_the_logger(others: list[dict[str, Any]]) -> None:
     told, stats = others[0]["told"], others[0]["stats"]
-    assert told["parm/schedule/24x8"] == "s1_hier"
+    assert told["parm/schedule/24x8_8x12_f1.25"] == "s1_hier"
     assert told["moe/dropped_share"] == 0
     assert stats.steps == BATCHES
     assert told["moe/bytes_per_step"] == stats.bytes_sent / BATCHES > 0

@@ -9,7 +9,7 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 
 from lightning_efficient.moe import SCHEDULES, FixedSchedule, MoETopology
-from lightning_efficient.moe.planning import AutoSchedule, auto
+from lightning_efficient.moe.planning import AutoSchedule, LayerShape, Plan, auto
 from lightning_efficient.strategies._parm_schedules import Schedules
 from tests.compression.harness import recorded_warnings
 from tests.strategies.parm_toys import (
@@ -169,6 +169,14 @@ def test_a_set_schedule_of_another_kind_warns_where_tokens_drop() -> None:
         with recorded_warnings() as warned:
             Schedules(FixedSchedule(SCHEDULES["s2"])).load_state_dict({"fixed": "s1"}, may_drop=may_drop)
         assert [("drop other tokens than 's2' does" in text) for text in warned] == [True] * may_drop
+
+
+def test_a_schedule_named_without_chunks_of_another_kind_warns_and_forgets_the_kind() -> None:
+    kept = [{"kind": LayerShape(1, 8, 16, 4, 2).as_dict(), "split": "after"}]
+    schedules = Schedules(AutoSchedule(MoETopology(), name="s1"))
+    with pytest.warns(UserWarning, match="drop other tokens than 's1' does"):
+        schedules.load_state_dict({"auto": {"plan": Plan().as_dict(), "kept": kept}}, may_drop=True)
+    assert schedules.state_dict()["auto"]["kept"] == []
 
 
 def test_a_plan_of_another_release_is_measured_anew() -> None:

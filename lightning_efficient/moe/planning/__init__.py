@@ -11,7 +11,7 @@ from lightning_efficient.moe.planning.device import DeviceCost, measure_device
 from lightning_efficient.moe.planning.links import Links, measure_links
 from lightning_efficient.moe.planning.plan import Choice, Plan
 from lightning_efficient.moe.planning.predict import Prediction, candidates, choose, predict
-from lightning_efficient.moe.planning.report import choice_table, explain, explain_plan, links_table
+from lightning_efficient.moe.planning.report import choice_table, explain, links_table
 from lightning_efficient.moe.planning.sampler import Clock, GroupSampler
 from lightning_efficient.moe.planning.shape import LayerShape, Rows, rows
 from lightning_efficient.moe.planning.steps import traffic
@@ -31,7 +31,6 @@ __all__ = [
     "choice_table",
     "choose",
     "explain",
-    "explain_plan",
     "links_table",
     "measure_device",
     "measure_links",

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from lightning_efficient.moe.agreement import from_first
 from lightning_efficient.moe.layer import MoELayer
@@ -34,6 +35,8 @@ from lightning_efficient.moe.topology import MoETopology
 _GLOO_LANES, _GLOO_LAG = 2, 0.3
 #: Of the seconds for measuring: for the links, once; trials get the rest, for each shape.
 _FOR_LINKS = 0.4
+#: Numbers of tokens of a layer for which schedules are tried; where batches have many lengths, the model decides alone.
+_MOST_TRIED = 4
 _DOUBTFUL = 0.25
 
 
@@ -50,7 +53,8 @@ class AutoSchedule:
         splits: where tokens may be split: ``before`` the gate (S1), ``after`` it (S2, DeepSpeed's order), or both.
         name: of the only schedule that may be chosen, where chunks are to be; None: any.
         chunks: into how many parts slots are cut; None: this is chosen, too.
-        trials: runs of the layer by schedules that may be the fastest, at most; 0: the model alone decides.
+        trials: runs of the layer by schedules that may be the fastest, at most; 0: the model alone decides, as it does
+            when a layer has been tried with four numbers of tokens.
         cache: a JSON file to keep the plan in, between runs in the same setting.
         budget_s: seconds for the links, once, and the trials of a shape, together; roughly.
         timeout_s: seconds after which a collective counts as stuck.
@@ -92,6 +96,7 @@ class AutoSchedule:
         self.plan = Plan()
         self._prepared = False
         self._kept: dict[LayerShape, Split] = {}
+        self._known: dict[tuple[LayerShape, tuple[Split, ...]], list[Schedule]] = {}
         self._resumed: Mapping[str, Any] | None = None
 
     def schedule_for(self, layer: MoELayer, x_SM: Tensor) -> Schedule:
@@ -101,18 +106,21 @@ class AutoSchedule:
             layer: the layer.
             x_SM: its tokens: only their shape, dtype and device count.
         """
+        if not x_SM.shape[0]:
+            return self._fallback(self.splits)
         shape = LayerShape.of(layer, x_SM)
         if not self._prepared:
             self._prepare(x_SM.device)
         choice = self.plan.choices.get(shape)
         if choice is None or not self._allows(choice):
-            # Whatever mode the layer runs in now: what is timed is a step of training.
-            with torch.inference_mode(False), torch.enable_grad():
+            # Whatever mode the layer runs in now, what is timed is a step of training; and where the layer is
+            # checkpointed, what the steps save is none of the checkpoint's.
+            with torch.inference_mode(False), torch.enable_grad(), saved_tensors_hooks(_itself, _itself):
                 choice = self._choose(shape, layer, x_SM)
             self.plan.choices[shape] = choice
-            if self.cache is not None and self.topology.rank == 0 and not choice.doubtful:
-                self.plan.save(self.cache)
-        if shape.may_drop and choice.schedule.split != "gather":
+            if self.topology.rank == 0 and not choice.doubtful:
+                self._save()
+        if layer.training and shape.may_drop and choice.schedule.split != "gather":
             self._kept.setdefault(shape.kind, choice.schedule.split)
         return choice.schedule
 
@@ -140,8 +148,9 @@ class AutoSchedule:
                 resumed = Plan.from_dict(self._resumed)
                 resumed.choices = {**plan.choices, **resumed.choices}
                 plan = resumed
-            if plan.links is not None and plan.links.refused:
-                plan.links = None  # perhaps there is less noise now
+            if plan.links is not None and plan.links.refused:  # perhaps there is less noise now
+                plan.links = None
+                plan.choices = {shape: each for shape, each in plan.choices.items() if not each.doubtful}
             known = plan.as_dict()
         self.plan = Plan.from_dict(from_first(known, self.topology.world))
         self._prepared = True
@@ -149,14 +158,20 @@ class AutoSchedule:
     def _allows(self, choice: Choice) -> bool:
         """Whether a choice that was made earlier fits what is asked for now."""
         own = self._candidates(choice.shape)
-        return choice.schedule in own or (choice.doubtful and choice.schedule == self._fallback(choice.shape))
+        return choice.schedule in own or (
+            choice.doubtful and choice.schedule == self._fallback(self._splits(choice.shape))
+        )
 
     def _candidates(self, shape: LayerShape) -> list[Schedule]:
         splits = self._splits(shape)
-        return candidates(shape, self.topology.sizes, splits=splits, chunks=self.chunks, name=self.name)
+        if (shape, splits) not in self._known:  # asked for in each forward
+            self._known[shape, splits] = candidates(
+                shape, self.topology.sizes, splits=splits, chunks=self.chunks, name=self.name
+            )
+        return self._known[shape, splits]
 
-    def _fallback(self, shape: LayerShape) -> Schedule:
-        schedule = fallback(self.topology.sizes, self._splits(shape)) if self.name is None else SCHEDULES[self.name]
+    def _fallback(self, splits: tuple[Split, ...]) -> Schedule:
+        schedule = fallback(self.topology.sizes, splits) if self.name is None else SCHEDULES[self.name]
         return schedule.with_chunks(self.chunks or 1) if schedule.can_be_chunked else schedule
 
     def _splits(self, shape: LayerShape) -> tuple[Split, ...]:
@@ -170,7 +185,7 @@ class AutoSchedule:
         clock = Clock(self.topology, device=x_SM.device, timeout_s=self.timeout_s)
         predictions = self._predict(own, shape, clock)
         if (doubt := self._doubt(predictions)) is not None:
-            schedule = self._fallback(shape)
+            schedule = self._fallback(self._splits(shape))
             if self.topology.rank == 0:
                 warnings.warn(
                     f"Links cannot be told apart from noise ({doubt}), so the layers run by {schedule.label}, which "
@@ -180,7 +195,8 @@ class AutoSchedule:
             reason = f"links could not be measured ({doubt})"
             return Choice(shape, schedule, reason, tuple(predictions), doubtful=True)
         measured: dict[str, float] = {}
-        if self.trials:
+        tried = sum(bool(each.measured) for each in self.plan.choices.values() if each.shape.kind == shape.kind)
+        if self.trials and tried < _MOST_TRIED:
             search = Search(predictions)
             run_trials(
                 layer, search, tokens=x_SM, clock=clock, turns=self.trials, budget_s=(1 - _FOR_LINKS) * self.budget_s
@@ -214,3 +230,18 @@ class AutoSchedule:
         doubted = sum(doubtful.values()) > _DOUBTFUL * sum(best.parts.values())
         reason: str | None = names[max(doubtful, key=lambda name: doubtful[name])] if doubted else None
         return from_first(reason, self.topology.world)
+
+    def _save(self) -> None:
+        if self.cache is None:
+            return
+        try:
+            self.plan.save(self.cache)
+        except OSError as error:  # the other ranks go on
+            warnings.warn(
+                f"{self.cache} cannot be written ({error}): the next run measures again. Choose another profile_cache.",
+                stacklevel=2,
+            )
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor

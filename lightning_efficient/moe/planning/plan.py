@@ -76,6 +76,7 @@ class Choice:
                 Prediction(**{**each, "schedule": schedule_named(each["schedule"])}) for each in values["predictions"]
             ),
             dict(values["measured"]),
+            values["doubtful"],
         )
 
 

@@ -19,7 +19,7 @@ CHUNKS = (1, 2, 4, 8)
 
 #: Rows of the busiest rank over the mean: a router that has learned nothing does about so well with eight experts.
 _UNEVEN = 1.1
-_LEAST_SLOTS = 8
+_LEAST_SLOTS = 4
 _MOST_PADDING = 1.2
 
 
@@ -192,4 +192,4 @@ def _worth_cutting(schedule: Schedule, shape: LayerShape, sizes: MoESizes) -> bo
     """Whether each part still holds some slots of each expert, and padding stays small."""
     own, whole = rows(schedule, shape, sizes).own, rows(schedule.with_chunks(1), shape, sizes).own
     moves = sizes.expert_parallel * sizes.expert_sharding > 1
-    return moves and own >= schedule.chunks * _LEAST_SLOTS * shape.num_experts // 2 and own <= _MOST_PADDING * whole
+    return moves and own >= schedule.chunks * _LEAST_SLOTS * shape.num_experts and own <= _MOST_PADDING * whole

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.table import Table
 
 from lightning_efficient.moe.planning.links import Links
-from lightning_efficient.moe.planning.plan import Choice, Plan
+from lightning_efficient.moe.planning.plan import Choice
 
 _GROUPS = {"block": "EP x ESP", "ep": "EP", "esp": "ESP", "mp": "MP", "device": "device"}
 
@@ -75,15 +75,6 @@ def explain(choice: Choice) -> str:
         runner_up = min(others, key=lambda name: others[name])
         text += f"; next {runner_up} with {1e3 * others[runner_up]:.1f} ms"
     return f"{text}."
-
-
-def explain_plan(plan: Plan) -> str:
-    """Return one line for each shape of layer.
-
-    Args:
-        plan: with its choices.
-    """
-    return "\n".join(explain(choice) for choice in plan.choices.values())
 
 
 def _named(part: str) -> str:

@@ -24,6 +24,8 @@ _SPREAD = torch.tensor([0.3, 0.25, 0.2, 0.2, 0.15], dtype=torch.float64)
 _OWN, _NOISE = 0.05, 0.08
 #: The fastest is believed after so many runs, or two that took so many seconds.
 _SURE_RUNS, _SURE_S = 8, 0.4
+#: Where no other is plausibly faster by this share, the search ends.
+_WORTH = 0.03
 
 
 class Search:
@@ -31,18 +33,16 @@ class Search:
 
     Args:
         predictions: of the candidates.
-        worth: share of the best time: where no other is plausibly that much faster, the search ends.
 
     Attributes:
         runs: seconds of each run, by schedule.
     """
 
-    def __init__(self, predictions: Sequence[Prediction], *, worth: float = 0.03) -> None:
+    def __init__(self, predictions: Sequence[Prediction]) -> None:
         self.runs: dict[Schedule, list[float]] = {}
         self._schedules = [each.schedule for each in predictions]
         self._log_predicted = torch.tensor([math.log(each.seconds) for each in predictions], dtype=torch.float64)
         self._features = torch.tensor([_features(each) for each in self._schedules], dtype=torch.float64)
-        self._worth = worth
 
     @property
     def measured(self) -> dict[Schedule, float]:
@@ -64,7 +64,7 @@ class Search:
         runs = self.runs[best]
         sure = len(runs) >= _SURE_RUNS or (len(runs) > 1 and sum(runs) >= _SURE_S)
         others = [low for schedule, low in zip(self._schedules, lowest.tolist(), strict=True) if schedule != best]
-        if sure and min(others, default=math.inf) > math.log((1 - self._worth) * measured[best]):
+        if sure and min(others, default=math.inf) > math.log((1 - _WORTH) * measured[best]):
             return None
         return self._schedules[int(lowest.argmin())]
 

@@ -15,7 +15,7 @@ from lightning_efficient.moe.planning.search import Search
 from lightning_efficient.moe.schedule import Schedule
 from lightning_efficient.moe.traffic import without_counting
 
-# Where the first run takes no more than this share of the budget, each schedule runs once before it counts.
+# Where the first that counts takes no more than this share of the budget, each schedule runs once before it counts.
 _SHORT = 0.04
 _LEAST_TURNS = 6
 
@@ -25,8 +25,9 @@ def run_trials(
 ) -> None:
     """Run forward and backward of a layer by the schedules that the search asks for, and tell it the seconds.
 
-    All ranks call it; rank 0 decides which comes next, and the time of a turn is that of the slowest rank. Memory is
-    taken in runs that do not count. Gradients, counters and the state of generators and of the layer stay as they are.
+    All ranks call it; rank 0 decides which comes next, and the time of a turn is that of the slowest rank. The first
+    run does not count, nor, where runs are short, the first of each schedule: they take memory. Gradients, counters and
+    the state of generators and of the layer stay as they are.
 
     Args:
         layer: the layer.
@@ -47,16 +48,16 @@ def run_trials(
             y_SM, _ = layer.run(x_SM, schedule)
             torch.autograd.grad(y_SM, wanted, grad_SM.to(y_SM.dtype), allow_unused=True)
 
-        spent_s, cold_s = 0.0, 0.0
+        spent_s = first_s = 0.0
         for turn in range(turns):
             schedule = from_first(search.next(), layer.topology.world)
             if schedule is None:
                 break
-            if turn == 0 or (schedule not in search.runs and cold_s < _SHORT * budget_s):
-                cold_s = clock.time(lambda: step(schedule))  # noqa: B023
-                spent_s += cold_s
+            if turn == 0 or (schedule not in search.runs and first_s < _SHORT * budget_s):
+                spent_s += clock.time(lambda: step(schedule))  # noqa: B023
             seconds = clock.time(lambda: step(schedule))  # noqa: B023
             search.note(schedule, seconds)
+            first_s = first_s or seconds
             spent_s += seconds
             if spent_s > budget_s and turn + 1 >= _LEAST_TURNS:
                 break

@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from lightning_efficient._links import AlphaBeta
 from lightning_efficient.moe import MoELayer, MoESizes, MoETopology, count_traffic, parallelize, schedule_named
@@ -184,6 +185,87 @@ def test_links_that_are_all_noise_are_no_ground_to_choose_by(splits, label):
     of_ranks = run_ranks(refused, 4, splits, timeout=TIMEOUT)
     assert [each[0] for each in of_ranks] == [label] * 4
     assert [len(each[1]) for each in of_ranks] == [1, 0, 0, 0]
+
+
+def checkpointed(rank, world_size):
+    """A layer within a checkpoint measures in its first forward, which backward computes again."""
+    topology, layer = made()
+    x_SM = torch.randn(64, 32, generator=torch.Generator().manual_seed(topology.dp.rank)).requires_grad_()
+    layer.scheduler = quick(topology, trials=4)
+    y_SM = checkpoint(layer, x_SM, use_reentrant=False)
+    (again,) = torch.autograd.grad(y_SM.square().sum() + layer.aux_loss, x_SM)
+    (once,) = torch.autograd.grad(layer(x_SM).square().sum() + layer.aux_loss, x_SM)
+    (choice,) = layer.scheduler.plan.choices.values()
+    return len(choice.measured), float((again - once).abs().max()), layer.stats.load.requires_grad
+
+
+@pytest.mark.distributed
+def test_measuring_within_a_checkpoint_leaves_no_trace_in_it():
+    for tried, apart, holds_a_graph in run_ranks(checkpointed, 4, timeout=TIMEOUT):
+        assert tried
+        assert apart < 1e-5  # float32
+        assert not holds_a_graph
+
+
+def many_lengths(rank, world_size):
+    topology, layer = made()
+    scheduler = quick(topology, trials=2)
+    for tokens in (32, 64, 96, 128, 160, 192):
+        scheduler.schedule_for(layer, torch.zeros(tokens, 32))
+    return [bool(choice.measured) for choice in scheduler.plan.choices.values()]
+
+
+@pytest.mark.distributed
+def test_many_lengths_are_not_all_tried():
+    for tried in run_ranks(many_lengths, 4, timeout=TIMEOUT):
+        assert tried == [True] * 4 + [False] * 2
+
+
+def evaluated_first(rank, world_size):
+    topology, layer = made()
+    scheduler = quick(topology, trials=0)
+    layer.eval()
+    scheduler.schedule_for(layer, torch.zeros(128, 32))
+    before = scheduler.state_dict()["kept"]
+    layer.train()
+    schedule = scheduler.schedule_for(layer, torch.zeros(256, 32))
+    return before, [each["split"] for each in scheduler.state_dict()["kept"]], schedule.split
+
+
+@pytest.mark.distributed
+def test_evaluation_does_not_settle_where_training_splits():
+    for before, after, split in run_ranks(evaluated_first, 4, timeout=TIMEOUT):
+        assert before == []
+        assert after == [split]
+
+
+def unwritable(rank, world_size, path):
+    topology, layer = made()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        quick(topology, cache=path / "plan.json").schedule_for(layer, torch.zeros(64, 32))
+    return [str(each.message) for each in told if "cannot be written" in str(each.message)]
+
+
+@pytest.mark.distributed
+def test_a_file_that_cannot_be_written_costs_nothing_but_a_warning(tmp_path):
+    path = tmp_path / "a file"
+    path.touch()
+    of_ranks = run_ranks(unwritable, 4, path, timeout=TIMEOUT)
+    assert [len(each) for each in of_ranks] == [1, 0, 0, 0]
+
+
+def no_tokens(rank, world_size):
+    topology, layer = made()
+    layer.scheduler = quick(topology)
+    y = layer(torch.zeros(0, 32, requires_grad=True))
+    (y.sum() + layer.aux_loss).backward()
+    return tuple(y.shape), float(layer.aux_loss)
+
+
+@pytest.mark.distributed
+def test_no_tokens_are_no_error():
+    assert run_ranks(no_tokens, 4, timeout=TIMEOUT) == [((0, 32), 0.0)] * 4
 
 
 def test_alone_there_is_nothing_to_measure():

@@ -27,7 +27,14 @@ def plan():
         Prediction(schedule_named("s1_hier/4"), 0.1, 0.2, {"all_to_all ep": 0.25, "experts": 0.1}, 0.15),
         Prediction(schedule_named("s2"), 0.2, 0.3, {"all_to_all block": 0.4}, 0.3),
     )
-    choice = Choice(SHAPE, schedule_named("s1_hier/4"), "the fastest of those tried", predictions, {"s1_hier/4": 0.31})
+    choice = Choice(
+        SHAPE,
+        schedule_named("s1_hier/4"),
+        "the fastest of those tried",
+        predictions,
+        {"s1_hier/4": 0.31},
+        doubtful=True,
+    )
     links = Links({("all_to_all", "ep"): AlphaBeta(1e-3, 1e-8, 0.1)}, {("device", "ep"): 0.5}, 2, 0.4, {}, 1.5)
     device = DeviceCost({("experts", "forward"): AlphaBeta(1e-5, 1e-6)}, 0.4)
     return Plan(SETTING, links, {SHAPE.kind: device}, {SHAPE: choice})
