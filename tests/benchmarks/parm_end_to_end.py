@@ -11,7 +11,9 @@ of each run, in which `auto` measures and chooses, do not count. Needs root and 
 import argparse
 import datetime
 import json
+import os
 import statistics
+import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -100,8 +102,10 @@ def _chosen(module: pl.LightningModule) -> str:
 
 
 def on_rank(rank: int, world_size: int, rounds: int, steps: int, warmup: int) -> list[Run]:
-    """All fits of a rank, in turn."""
-    return [fit(schedule, steps, warmup) for _ in range(rounds) for schedule in SCHEDULES]
+    """All fits of a rank, in turn; what the command line writes goes with the folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        return [fit(schedule, steps, warmup) for _ in range(rounds) for schedule in SCHEDULES]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -109,8 +113,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few steps; prints, writes nothing")
     parser.add_argument("--rounds", type=int, default=3, help="fits of each schedule (%(default)s)")
-    parser.add_argument("--steps", type=int, default=14, help="of each fit (%(default)s)")
-    parser.add_argument("--warmup", type=int, default=4, help="steps that do not count (%(default)s)")
+    parser.add_argument("--steps", type=int, default=10, help="of each fit (%(default)s)")
+    parser.add_argument("--warmup", type=int, default=3, help="steps that do not count (%(default)s)")
     parser.add_argument("--rate", default="200mbit", help="of the link of each node (%(default)s)")
     options = parser.parse_args(arguments)
     if options.quick:
