@@ -17,6 +17,9 @@ from lightning_efficient.callbacks import MoEMonitor
 from lightning_efficient.moe import GradientSync, MoELayer, grad_norm, parameter_groups
 from tests.strategies.parm_toys import (
     BATCHES,
+    DIM,
+    EXPERTS,
+    HIDDEN,
     TOLERANCE,
     Batch,
     MoEModule,
@@ -342,7 +345,7 @@ def test_weights_drawn_late_are_those_that_rank_0_draws(others: list[dict[str, A
 
 def test_figures_reach_the_logger(others: list[dict[str, Any]]) -> None:
     told, stats = others[0]["told"], others[0]["stats"]
-    assert told["parm/schedule/24x8_8x12_f1.25"] == "s1_hier"
+    assert told[f"parm/schedule/24x{DIM}_{EXPERTS}x{HIDDEN}_dropless"] == "s1_hier"
     assert told["moe/dropped_share"] == 0
     assert stats.steps == BATCHES
     assert told["moe/bytes_per_step"] == stats.bytes_sent / BATCHES > 0
