@@ -93,6 +93,10 @@ def targets(rows: list[Row]) -> list[Target]:
         Target(f"time of `auto` {claim}", _mean(regrets), 1.05, at_least=False),
         Target(f"time of what its model alone would take {claim}",
                _mean(_all(long, lambda row: row.regret(row.result.model))), 1.05, at_least=False),
+        Target("seconds of planning, links and layer unknown, median",
+               statistics.median(planning) if planning else None, 5.0, at_least=False),
+        Target("share of layers planned within 5 s",
+               sum(each <= 5 for each in planning) / len(planning) if planning else None, 1.0, at_least=True),
         Target("seconds of planning, links and layer unknown, most", max(planning, default=None), 5.0, at_least=False),
     ]  # fmt: skip
 
@@ -116,6 +120,18 @@ def network_table(rows: list[Row]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def summary_table(rows: list[Row]) -> str:
+    """Each network: how many times as long others take as what `auto` chose, and that as the best."""
+    head = ["network", "layers", "`paper` / `auto`", f"{PEER} / `auto`", "`auto` / best"]
+    lines = [head, ["---"] * len(head)]
+    for network in dict.fromkeys(row.cell.network for row in rows):
+        own = [row for row in rows if row.cell.network == network]
+        paper, peer = (_all(own, lambda row, over=over: row.ratio(over, row.result.auto)) for over in ("paper", PEER))  # type: ignore[misc]
+        regrets = _all(own, lambda row: row.regret(row.result.auto))
+        lines.append([network, str(len(own)), *map(_spread, (paper, peer, regrets))])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def progress_line(row: Row) -> str:
     """One cell in a line."""
     times = ", ".join(f"{name} {_ms(row, name)}" for name in (*BASELINES, PEER, row.best))
@@ -132,6 +148,10 @@ def _ms(row: Row, label: str | None, *, chunks: bool = False) -> str:
 
 def _cell(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
+
+
+def _spread(values: list[float]) -> str:
+    return f"{_mean(values):.2f} ({min(values):.2f} to {max(values):.2f})" if values else "-"
 
 
 def _all(rows: Iterable[Row], of: Callable[[Row], float | None]) -> list[float]:

@@ -128,6 +128,11 @@ def _page(rows: list[report.Row], command: str, options: argparse.Namespace, *, 
         "`slow_inter` is two nodes of two ranks, whose nodes have a link of that rate each; `homogeneous` four nodes "
         "of one rank; `unlimited` the loopback interface.",
     ]
+    parts += [
+        "## Summary",
+        "Geometric means and ranges over all layers of a network.",
+        report.summary_table(rows),
+    ]
     for network in dict.fromkeys(row.cell.network for row in rows):
         parts += [f"## {network}", report.network_table([row for row in rows if row.cell.network == network])]
     parts += ["## Targets", target_table(report.targets(rows))]
