@@ -37,7 +37,9 @@ _GLOO_LANES, _GLOO_LAG = 2, 0.3
 _FOR_LINKS = 0.4
 #: Numbers of tokens of a layer for which schedules are tried; where batches have many lengths, the model decides alone.
 _MOST_TRIED = 4
+#: Share of the time by doubtful lines that makes a prediction doubtful, and how much further off it is taken to be.
 _DOUBTFUL = 0.25
+_SPREAD_IN_DOUBT = 3.0
 
 
 class AutoSchedule:
@@ -184,28 +186,33 @@ class AutoSchedule:
             return Choice(shape, own[0], "nothing else does anything different with these sizes")
         clock = Clock(self.topology, device=x_SM.device, timeout_s=self.timeout_s)
         predictions = self._predict(own, shape, clock)
-        if (doubt := self._doubt(predictions)) is not None:
-            schedule = self._fallback(self._splits(shape))
-            if self.topology.rank == 0:
-                warnings.warn(
-                    f"Links cannot be told apart from noise ({doubt}), so the layers run by {schedule.label}, which "
-                    "sends least. Measure on a quieter machine, or set the schedule.",
-                    stacklevel=2,
-                )
-            reason = f"links could not be measured ({doubt})"
-            return Choice(shape, schedule, reason, tuple(predictions), doubtful=True)
+        doubt = self._doubt(predictions)
         measured: dict[str, float] = {}
         tried = sum(bool(each.measured) for each in self.plan.choices.values() if each.shape.kind == shape.kind)
         if self.trials and tried < _MOST_TRIED:
-            search = Search(predictions)
+            search = Search(predictions, spread=1.0 if doubt is None else _SPREAD_IN_DOUBT)
             run_trials(
                 layer, search, tokens=x_SM, clock=clock, turns=self.trials, budget_s=(1 - _FOR_LINKS) * self.budget_s
             )
             measured = {schedule.label: seconds for schedule, seconds in search.measured.items()}
-        chosen = choose(predictions, measured=measured)
-        reason = "the fastest of those tried" if measured else "predicted to be the fastest"
-        choice = Choice(shape, chosen, reason, tuple(predictions), measured)
+        if measured or doubt is None:
+            chosen = choose(predictions, measured=measured)
+            reason = "the fastest of those tried" if measured else "predicted to be the fastest"
+        else:
+            chosen, reason = self._fallback(self._splits(shape)), "what does well on most links"
+        if doubt is not None:
+            self._warn(doubt, chosen, reason)
+            reason += f", for links could not be measured ({doubt})"
+        choice = Choice(shape, chosen, reason, tuple(predictions), measured, doubtful=doubt is not None)
         return Choice.from_dict(from_first(choice.as_dict(), self.topology.world))
+
+    def _warn(self, doubt: str, chosen: Schedule, reason: str) -> None:
+        if self.topology.rank == 0:
+            warnings.warn(
+                f"Links cannot be told apart from noise ({doubt}), so the layers run by {chosen.label}: {reason}. "
+                "Measure on a quieter machine, or set the schedule.",
+                stacklevel=2,
+            )
 
     def _predict(self, own: list[Schedule], shape: LayerShape, clock: Clock) -> list[Prediction]:
         """Measure what is not known, and predict each."""

@@ -33,15 +33,17 @@ class Search:
 
     Args:
         predictions: of the candidates.
+        spread: how far off predictions may be, as a multiple of what is usual.
 
     Attributes:
         runs: seconds of each run, by schedule.
     """
 
-    def __init__(self, predictions: Sequence[Prediction]) -> None:
+    def __init__(self, predictions: Sequence[Prediction], *, spread: float = 1.0) -> None:
         self.runs: dict[Schedule, list[float]] = {}
         self._schedules = [each.schedule for each in predictions]
         self._log_predicted = torch.tensor([math.log(each.seconds) for each in predictions], dtype=torch.float64)
+        self._spread, self._own = spread * _SPREAD, spread * _OWN
         self._features = torch.tensor([_features(each) for each in self._schedules], dtype=torch.float64)
 
     @property
@@ -70,16 +72,16 @@ class Search:
 
     def _expected(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Logarithm of each schedule's seconds, and its standard deviation."""
-        precision = torch.diag(_SPREAD**-2)
-        pull = torch.zeros(len(_SPREAD), dtype=torch.float64)
+        precision = torch.diag(self._spread**-2)
+        pull = torch.zeros(len(self._spread), dtype=torch.float64)
         ran = {self._schedules.index(schedule): seconds for schedule, seconds in self.runs.items()}
         for index, seconds in ran.items():
-            phi, weight = self._features[index], 1 / (_OWN**2 + _NOISE**2 / len(seconds))
+            phi, weight = self._features[index], 1 / (self._own**2 + _NOISE**2 / len(seconds))
             precision += weight * torch.outer(phi, phi)
             pull += weight * phi * (math.log(statistics.median(seconds)) - self._log_predicted[index])
         covariance = torch.linalg.inv(precision)
         log_seconds = self._log_predicted + self._features @ (covariance @ pull)
-        spread = ((self._features @ covariance * self._features).sum(1) + _OWN**2).sqrt()
+        spread = ((self._features @ covariance * self._features).sum(1) + self._own**2).sqrt()
         for index, seconds in ran.items():
             log_seconds[index] = math.log(statistics.median(seconds))
             spread[index] = _NOISE / math.sqrt(len(seconds))

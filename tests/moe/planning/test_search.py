@@ -13,10 +13,10 @@ SHAPE = LayerShape(tokens=1024, dim=512, hidden=1024, num_experts=8, top_k=2)
 SCHEDULES = candidates(SHAPE, MoESizes(2, 2, 2))
 
 
-def searched(seconds, errors, *, noise=0.03, turns=40, seed=0):
+def searched(seconds, errors, *, noise=0.03, turns=40, seed=0, spread=1.0):
     """The search, after all its turns; `errors` gives the prediction's share of the true time by schedule."""
     chance = random.Random(seed)
-    search = Search([Prediction(each, seconds[each] * errors(each), 0.0) for each in SCHEDULES])
+    search = Search([Prediction(each, seconds[each] * errors(each), 0.0) for each in SCHEDULES], spread=spread)
     for _ in range(turns):
         if (schedule := search.next()) is None:
             break
@@ -82,3 +82,18 @@ def test_short_ones_run_more_often_before_they_are_believed():
     seconds[schedule_named("s1")] = 0.005
     search = searched(seconds, lambda _: 1.0, noise=0.0)
     assert len(search.runs[schedule_named("s1")]) == 8
+
+
+def test_with_a_wider_spread_it_finds_what_wrong_predictions_hide():
+    def regrets(spread):
+        found = []
+        for seed in range(25):
+            # Off by up to 7 times, as by lines through noise.
+            chance = random.Random(seed)
+            wrong = {each: math.exp(chance.uniform(-1, 1)) for each in SCHEDULES}
+            found.append(regret(searched(times(seed), wrong.get, noise=0.1, seed=seed, spread=spread), times(seed)))
+        return found
+
+    usual, wide = regrets(1.0), regrets(3.0)
+    assert sum(wide) < sum(usual)
+    assert sum(wide) / len(wide) < 1.1
