@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -10,7 +9,6 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
 from lightning_efficient.moe import MoEStats
-from lightning_efficient.moe.topology import Axis
 
 
 class MoEMonitor(Callback):
@@ -20,6 +18,9 @@ class MoEMonitor(Callback):
 
     ``moe/dropped_share``
         share of the assignments of tokens to experts that found no slot. Raise ``capacity_factor`` where it is large.
+    ``moe/busiest_expert``
+        load of the busiest expert of a layer over the mean load, on average over layers; 1 is even. Raise
+        ``aux_loss_coef`` or ``balance_rate`` where it stays large.
     ``moe/rows_per_step``
         rows that its experts computed in forward, per step.
     ``moe/bytes_per_step``
@@ -42,11 +43,11 @@ class MoEMonitor(Callback):
         self.every_n_steps = every_n_steps
         self.stats: dict[str, float] = {}
         self._due = 0
-        self._before: Counter[str] = Counter()
+        self._before: dict[str, float] = {}
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._before = Counter()
+        self._before = {}
         self._plan(trainer.global_step)
         if _stats(trainer) is None:
             rank_zero_warn(
@@ -72,21 +73,23 @@ class MoEMonitor(Callback):
         self._due = (step // self.every_n_steps + 1) * self.every_n_steps
 
     def _collect(self, stats: MoEStats) -> dict[str, float]:
-        by_axis: dict[Axis, int] = stats.bytes_by_axis
-        now = Counter({f"bytes_per_step/{axis}": sent for axis, sent in by_axis.items()})
-        now.update(
-            steps=stats.steps,
-            rows_per_step=stats.rows,
-            bytes_per_step=stats.bytes_sent,
-            assignments=stats.assignments,
-            dropped=stats.dropped,
-        )
-        new = {name: value - self._before[name] for name, value in now.items()}
+        now: dict[str, float] = {
+            "steps": stats.steps,
+            "forwards": stats.forwards,
+            "assignments": stats.assignments,
+            "dropped": stats.dropped,
+            "peaks": stats.peaks,
+            "rows_per_step": stats.rows,
+            "bytes_per_step": stats.bytes_sent,
+            **{f"bytes_per_step/{axis}": sent for axis, sent in stats.bytes_by_axis.items()},
+        }
+        new = {name: value - self._before.get(name, 0) for name, value in now.items()}
         self._before = now
         steps = max(1, new.pop("steps"))
         dropped = new.pop("dropped") / max(1, new.pop("assignments"))
+        busiest = new.pop("peaks") / max(1, new.pop("forwards"))
         per_step = {f"moe/{name}": value / steps for name, value in new.items()}
-        return {"moe/dropped_share": dropped, **per_step}
+        return {"moe/dropped_share": dropped, "moe/busiest_expert": busiest, **per_step}
 
 
 def _stats(trainer: Trainer) -> MoEStats | None:

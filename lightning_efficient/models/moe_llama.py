@@ -38,6 +38,7 @@ class MoELlamaConfig(LlamaConfig):
         jitter: noise on the router's inputs in training.
         aux_loss_coef: weight of the loss that keeps the loads of experts even.
         z_loss_coef: weight of the loss that keeps the router's logits small.
+        balance_rate: by how much a bias for the choice of an expert moves against its load after each step; 0: none.
 
     Raises:
         ValueError: a size or an option is wrong.
@@ -56,6 +57,7 @@ class MoELlamaConfig(LlamaConfig):
     jitter: float = 0.0
     aux_loss_coef: float = 1e-2
     z_loss_coef: float = 0.0
+    balance_rate: float = 0.0
 
     @override
     def __post_init__(self) -> None:
@@ -81,11 +83,10 @@ class MoELlamaConfig(LlamaConfig):
         Raises:
             ValueError: Mixtral has no such model.
         """
-        for name, wanted in (("moe_every", (1,)), ("activation", ("swiglu",)), ("normalize", ("before_drop",))):
-            if getattr(self, name) not in wanted:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)!r}: there is no equal Mixtral. Set it to {wanted[0]!r}."
-                )
+        wanted = {"moe_every": 1, "activation": "swiglu", "normalize": "before_drop", "balance_rate": 0.0}
+        for name, value in wanted.items():
+            if getattr(self, name) != value:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: there is no equal Mixtral. Set it to {value!r}.")
         if self.top_k == 1:
             raise ValueError(
                 "top_k is 1: Mixtral weighs a single expert by 1, and this model by its probability. Raise top_k."
@@ -174,6 +175,7 @@ class MoELlama(Llama):
             jitter=config.jitter,
             aux_loss_coef=config.aux_loss_coef,
             z_loss_coef=config.z_loss_coef,
+            balance_rate=config.balance_rate,
         )
 
     @override

@@ -3,13 +3,14 @@
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_efficient.models._shard import parm_strategy, shard_heads, shard_model
 from lightning_efficient.models.causal_lm import CausalLM, InTreeLM, TokenBatch, preset
 from lightning_efficient.models.llama import Attention
 from lightning_efficient.models.moe_llama import MOE_LLAMA_PRESETS, MoELlama, MoELlamaConfig
-from lightning_efficient.moe import aux_loss, moe_layers
+from lightning_efficient.moe import aux_loss, balance_loads, moe_layers
 from lightning_efficient.moe.agreement import random_state_of_first
 from lightning_efficient.moe.experts import Activation
 from lightning_efficient.moe.router import DropPolicy, Normalize
@@ -50,6 +51,7 @@ class MoELlamaLM(InTreeLM):
         jitter: noise on the router's inputs in training.
         aux_loss_coef: weight of the loss that keeps the loads of experts even.
         z_loss_coef: weight of the loss that keeps the router's logits small.
+        balance_rate: by how much a bias for the choice of an expert moves against its load after each step; 0: none.
         tie_embeddings: the head shares the embedding's weight.
         attention: ``sdpa`` for torch's fused kernels, ``eager`` for the plain formula.
         tensor_parallel: spread attention, and feed-forward nets without experts, over the ranks of a model-parallel
@@ -92,6 +94,7 @@ class MoELlamaLM(InTreeLM):
         jitter: float = 0.0,
         aux_loss_coef: float = 1e-2,
         z_loss_coef: float = 0.0,
+        balance_rate: float = 0.0,
         tie_embeddings: bool = False,
         attention: Attention = "sdpa",
         tensor_parallel: bool = True,
@@ -128,6 +131,7 @@ class MoELlamaLM(InTreeLM):
             jitter=jitter,
             aux_loss_coef=aux_loss_coef,
             z_loss_coef=z_loss_coef,
+            balance_rate=balance_rate,
             tie_embeddings=tie_embeddings,
             attention=attention,
             **shape,
@@ -146,6 +150,13 @@ class MoELlamaLM(InTreeLM):
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
         """Return the loss with that of the experts, a scalar."""
         return with_aux_loss(self, super().training_step(batch, batch_idx), batch_size=len(batch["input_ids"]))
+
+    @override
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Move the selection biases, where there are some and the strategy does not."""
+        super().on_before_optimizer_step(optimizer)
+        if parm_strategy(self) is None:
+            balance_loads(self)
 
     @override
     def configure_model(self) -> None:

@@ -4,10 +4,11 @@ Plain torch: a loop of your own makes a :class:`MoETopology`, calls :func:`paral
 :meth:`GradientSync.finish`. :class:`~lightning_efficient.strategies.ParmStrategy` does so for a Trainer.
 """
 
+from lightning_efficient.moe.balance import SelectionBias
 from lightning_efficient.moe.experts import Experts
 from lightning_efficient.moe.grad_norm import clip_grad_norm, clip_grad_value, grad_norm
 from lightning_efficient.moe.grad_sync import GradientSync
-from lightning_efficient.moe.layer import FixedSchedule, MoELayer, aux_loss, moe_layers
+from lightning_efficient.moe.layer import FixedSchedule, MoELayer, aux_loss, balance_loads, moe_layers
 from lightning_efficient.moe.meter import Meter, MoEStats
 from lightning_efficient.moe.parallelize import parallelize
 from lightning_efficient.moe.parameter_groups import parameter_groups
@@ -30,8 +31,10 @@ __all__ = [
     "Router",
     "Routing",
     "Schedule",
+    "SelectionBias",
     "Traffic",
     "aux_loss",
+    "balance_loads",
     "clip_grad_norm",
     "clip_grad_value",
     "count_traffic",

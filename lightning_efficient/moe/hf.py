@@ -107,7 +107,7 @@ def unswap_state_dict(state: nn.Module | Mapping[str, Tensor]) -> dict[str, Tens
             of one. Where experts are spread over ranks, all ranks must call: they gather them.
 
     Raises:
-        ValueError: experts have biases, or no gate: transformers has no such model.
+        ValueError: experts have biases, or no gate, or are chosen with a bias: transformers has no such model.
     """
     names = state.state_dict() if isinstance(state, nn.Module) else state
     return dict(_to_hf(name, _whole(tensor)) for name, tensor in names.items())
@@ -221,6 +221,11 @@ def _to_hf(name: str, tensor: Tensor) -> tuple[str, Tensor]:
         raise ValueError(
             f"{name!r} has no counterpart in transformers: experts there are SwiGLU without biases. Make the model "
             "with activation='swiglu' and bias=False."
+        )
+    if name.endswith("router.balance.bias"):
+        raise ValueError(
+            f"{name!r} has no counterpart in transformers: experts there are chosen without a bias. Make the model "
+            "with balance_rate=0."
         )
     return _translated(name, tensor, _TO_HF)
 

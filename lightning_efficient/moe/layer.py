@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -69,6 +71,8 @@ class MoELayer(nn.Module):
         jitter: noise on the router's inputs in training.
         aux_loss_coef: weight of the load-balancing loss.
         z_loss_coef: weight of the z-loss.
+        balance_rate: u of :class:`~lightning_efficient.moe.SelectionBias`, which evens loads without a loss; 0: none.
+            ParmStrategy moves the biases; a loop of your own calls :func:`~lightning_efficient.moe.balance_loads`.
 
     Attributes:
         aux_loss: of the last forward; None before.
@@ -97,6 +101,7 @@ class MoELayer(nn.Module):
         jitter: float = 0.0,
         aux_loss_coef: float = 1e-2,
         z_loss_coef: float = 0.0,
+        balance_rate: float = 0.0,
     ) -> None:
         super().__init__()
         self.router = Router(
@@ -107,6 +112,7 @@ class MoELayer(nn.Module):
             drop_policy=drop_policy,
             normalize=normalize,
             jitter=jitter,
+            balance_rate=balance_rate,
         )
         self.experts = Experts(num_experts, dim, hidden, activation=activation, bias=bias)
         self.aux_loss_coef = aux_loss_coef
@@ -145,7 +151,16 @@ class MoELayer(nn.Module):
         self.aux_loss = self.aux_loss_coef * balance + self.z_loss_coef * z
         # Without the graph, which would keep what a checkpoint computed again until the next forward.
         self.stats = replace(stats, load=stats.load.detach())
+        if self.training and self.router.balance is not None:
+            self.router.balance.count(self.router.counts(self.stats.load))
         return y_SM.view(x.shape)
+
+    @property
+    def lost_gradient(self) -> bool:
+        """Whether the auxiliary loss should train the router, and cannot: the forward ran without gradients."""
+        wanted = self.training and self.router.weight.requires_grad and bool(self.aux_loss_coef or self.z_loss_coef)
+        has_none = self.aux_loss is not None and not self.aux_loss.requires_grad
+        return wanted and has_none and torch.is_grad_enabled()
 
     def run(self, x_SM: Tensor, schedule: Schedule) -> tuple[Tensor, LayerStats]:
         """Run the layer by a schedule, and keep nothing.
@@ -191,8 +206,37 @@ def aux_loss(module: nn.Module) -> Tensor:
         if layer.aux_loss is None:
             raise ValueError(f"The MoE layer {name!r} has not run yet: it has no auxiliary loss. Call the model first.")
         losses.append(layer.aux_loss)
+        if layer.lost_gradient:
+            warnings.warn(
+                f"The auxiliary loss of the MoE layer {name!r} has no gradient, and evens no loads: its forward ran "
+                "without gradients. Activation checkpointing must be the kind with use_reentrant=False.",
+                stacklevel=2,
+            )
     if not losses:
         raise ValueError(
             f"{type(module).__name__} has no MoE layer, and so no auxiliary loss. Remove the call, or add a MoELayer."
         )
     return torch.stack(losses).sum()
+
+
+def balance_loads(module: nn.Module) -> None:
+    """Move the selection biases of a module's MoE layers; all ranks call it together, after each optimizer step.
+
+    It sums the counts of all layers over the data-parallel ranks, in one all-reduce. Layers with ``balance_rate=0``
+    have no bias: where none has one, nothing is done.
+
+    Args:
+        module: with MoE layers.
+    """
+    layers = [layer for _, layer in moe_layers(module)]
+    balances = [layer.router.balance for layer in layers if layer.router.balance is not None]
+    if not balances:
+        return
+    counts = [each.take_counts() for each in balances]
+    dp = layers[0].topology.dp
+    if dp.size > 1:
+        flat = torch.cat(counts)
+        dist.all_reduce(flat, group=dp.process_group)
+        counts = list(flat.split([len(each) for each in counts]))
+    for each, counts_E in zip(balances, counts, strict=True):
+        each.move(counts_E)

@@ -28,6 +28,7 @@ class MoEStats:
         gradients: what the sync of gradients sent.
         buckets: of gradients that were sent.
         overlapped: those of them that left while backward ran.
+        forwards: of all layers.
     """
 
     steps: int = 0
@@ -37,7 +38,9 @@ class MoEStats:
     gradients: Traffic = field(default_factory=Traffic)
     buckets: int = 0
     overlapped: int = 0
+    forwards: int = 0
     _dropped: Tensor | None = None
+    _peaks: Tensor | None = None
 
     @property
     def dropped(self) -> int:
@@ -48,6 +51,14 @@ class MoEStats:
     def dropped_share(self) -> float:
         """Share of the assignments that found no slot. Reading it waits for the device."""
         return self.dropped / max(1, self.assignments)
+
+    @property
+    def peaks(self) -> float:
+        """Sum over the forwards of the busiest expert's load over the mean load, of the tokens of the rank's MP group.
+
+        Reading it waits for the device.
+        """
+        return 0.0 if self._peaks is None else float(self._peaks)
 
     @property
     def bytes_sent(self) -> int:
@@ -69,7 +80,11 @@ class MoEStats:
             return
         self.rows += layer.stats.rows
         self.assignments += layer.stats.assignments
+        self.forwards += 1
+        counts_E = layer.router.counts(layer.stats.load)
+        peak = counts_E.max() / counts_E.mean().clamp_min(1e-9)  # 0 where there are no tokens
         self._dropped = layer.stats.dropped if self._dropped is None else self._dropped + layer.stats.dropped
+        self._peaks = peak if self._peaks is None else self._peaks + peak
 
 
 class Meter:

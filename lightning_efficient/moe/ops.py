@@ -43,18 +43,11 @@ class GateOutput(NamedTuple):
     counts_E: Tensor
 
 
-def gate(
-    logits_SE: Tensor,
-    k: int,
-    *,
-    selection_bias_E: Tensor | None = None,
-    selection_noise_SE: Tensor | None = None,
-) -> GateOutput:
+def gate(logits_SE: Tensor, k: int, selection_bias_E: Tensor | None = None) -> GateOutput:
     r"""Choose k experts for each token.
 
-    The choice goes by the logits, plus the noise (Gumbel's, for a random choice). With a bias (DeepSeek's, which
-    balances loads without a loss) it goes by :math:`\mathrm{softmax}(logits + noise) + bias`. Neither changes the
-    probabilities that are returned, nor has a gradient.
+    The choice goes by the logits; with a bias, which balances loads without a loss, by
+    :math:`\mathrm{softmax}(logits) + bias`. It changes no probability that is returned, and has no gradient.
 
     .. math:: dlogits = p \odot (g - \textstyle\sum_e g_e p_e), \qquad g = g_{probs} + \mathrm{scatter}(g_{chosen})
 
@@ -62,7 +55,6 @@ def gate(
         logits_SE: of the router; float16 and bfloat16 are computed with in float32.
         k: experts per token.
         selection_bias_E: added to the probabilities, for the choice only.
-        selection_noise_SE: added to the logits, for the choice only.
 
     Raises:
         ValueError: the logits are not a matrix, or there are no k experts to choose.
@@ -76,7 +68,7 @@ def gate(
             f"k is {k}, with {logits_SE.shape[1]} experts: a token goes to at least 1, and to each at most once. "
             "Set k to 1 or more, or have more experts."
         )
-    out = _Gate.apply(logits_SE, k, selection_bias_E, selection_noise_SE)  # type: ignore[no-untyped-call]
+    out = _Gate.apply(logits_SE, k, selection_bias_E)  # type: ignore[no-untyped-call]
     return GateOutput(*out)
 
 
@@ -128,12 +120,10 @@ def invert(slot_Sk: Tensor, num_slots: int) -> Tensor:
 class _Gate(torch.autograd.Function):
     @staticmethod
     @override
-    def forward(
-        ctx: Any, logits_SE: Tensor, k: int, bias_E: Tensor | None, noise_SE: Tensor | None
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, logits_SE: Tensor, k: int, bias_E: Tensor | None) -> tuple[Tensor, ...]:
         ctx.dtype = logits_SE.dtype
         ctx.functions = _functions_for(logits_SE, experts=logits_SE.shape[1])
-        out: tuple[Tensor, ...] = ctx.functions.route(logits_SE, k, bias_E, noise_SE)
+        out: tuple[Tensor, ...] = ctx.functions.route(logits_SE, k, bias_E)
         probs_SE, _, *counted = out
         ctx.save_for_backward(probs_SE, counted[0])
         ctx.mark_non_differentiable(*counted)
@@ -145,8 +135,8 @@ class _Gate(torch.autograd.Function):
     @override
     def backward(ctx: Any, g_SE: Tensor | None, g_Sk: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if g_SE is None and g_Sk is None:
-            return None, None, None, None
-        return ctx.functions.route_gradient(*ctx.saved_tensors, g_SE, g_Sk, ctx.dtype), None, None, None
+            return None, None, None
+        return ctx.functions.route_gradient(*ctx.saved_tensors, g_SE, g_Sk, ctx.dtype), None, None
 
 
 class _Permute(torch.autograd.Function):

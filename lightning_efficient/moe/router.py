@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_efficient.moe.balance import SelectionBias
 from lightning_efficient.moe.ops import gate
 
 DropPolicy: TypeAlias = Literal["position", "probs"]
@@ -111,6 +112,10 @@ class Router(nn.Module):
             the plain probability, or the gate would get no gradient from the task.
         jitter: :math:`\epsilon` of the noise of Switch Transformer in training: inputs of the gate are multiplied by
             :math:`U(1 - \epsilon, 1 + \epsilon)`.
+        balance_rate: u of the :class:`SelectionBias`, by which experts are then chosen; 0: none.
+
+    Attributes:
+        balance: the bias, or None.
 
     Raises:
         ValueError: a size is below 1, k is above E, there is no such policy, or jitter is not in [0, 1).
@@ -126,6 +131,7 @@ class Router(nn.Module):
         drop_policy: DropPolicy = "position",
         normalize: Normalize = "before_drop",
         jitter: float = 0.0,
+        balance_rate: float = 0.0,
     ) -> None:
         super().__init__()
         _check(dim, num_experts, top_k, drop_policy, normalize, jitter)
@@ -135,12 +141,15 @@ class Router(nn.Module):
         self.drop_policy = drop_policy
         self.normalize = normalize
         self.jitter = jitter
+        self.balance = SelectionBias(num_experts, balance_rate) if balance_rate else None
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the weights anew, as ``nn.Linear`` does."""
+        """Draw the weights anew, as ``nn.Linear`` does, without a bias for the choice."""
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        if self.balance is not None:
+            self.balance.reset_parameters()
 
     @override
     def extra_repr(self) -> str:
@@ -161,7 +170,7 @@ class Router(nn.Module):
         wide = torch.promote_types(x_SM.dtype, torch.float32)
         with torch.autocast(x_SM.device.type, enabled=False):
             logits_SE = F.linear(x_SM.to(wide), weight_EM.to(wide))
-            chosen = gate(logits_SE, self.top_k)
+            chosen = gate(logits_SE, self.top_k, None if self.balance is None else self.balance.bias)
             T = self.slots(x_SM.shape[0] if slots_for is None else slots_for)
             position_Sk = chosen.position_Sk
             if self.drop_policy == "probs" and T is not None:
@@ -174,6 +183,10 @@ class Router(nn.Module):
     def slots(self, tokens: int) -> int | None:
         """Return T for a number of tokens, None where there is no limit."""
         return self.capacity.slots(tokens, num_experts=self.num_experts, top_k=self.top_k, training=self.training)
+
+    def counts(self, load: Tensor) -> Tensor:
+        """Return the assignments of each expert, (E,), from ``Routing.load``."""
+        return load[self.num_experts : 2 * self.num_experts]
 
     def losses(self, load: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
         r"""Return the load-balancing loss and the z-loss.

@@ -14,14 +14,11 @@ _VECTOR = 16
 """Experts below which torch's softmax over the last dimension, on a CPU, leaves its vectorised path."""
 
 
-def route(logits_SE: Tensor, k: int, bias_E: Tensor | None, noise_SE: Tensor | None) -> tuple[Tensor, ...]:
+def route(logits_SE: Tensor, k: int, bias_E: Tensor | None) -> tuple[Tensor, ...]:
     """Return the fields of :class:`~lightning_efficient.moe.ops.GateOutput`, in their order."""
     logits_SE = logits_SE.to(_wide(logits_SE))
     probs_SE = _softmax(logits_SE)
-    score_SE = logits_SE if noise_SE is None else logits_SE + noise_SE.to(logits_SE.dtype)
-    if bias_E is not None:
-        score_SE = (probs_SE if noise_SE is None else _softmax(score_SE)) + bias_E.to(logits_SE.dtype)
-    expert_Sk = _best(score_SE, k)
+    expert_Sk = _best(logits_SE if bias_E is None else probs_SE + bias_E.to(probs_SE.dtype), k)
     return probs_SE, probs_SE.gather(1, expert_Sk), expert_Sk, *_queues(expert_Sk, logits_SE.shape[1])
 
 

@@ -32,8 +32,8 @@ def _ordered(score, columns, LAST: tl.constexpr):
 
 @triton.jit(do_not_specialize=["S"])
 def route_kernel(
-    logits_ptr, bias_ptr, noise_ptr, probs_ptr, chosen_ptr, expert_ptr, position_ptr, counts_ptr, S, E,
-    BIAS: tl.constexpr, NOISE: tl.constexpr, K: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
+    logits_ptr, bias_ptr, probs_ptr, chosen_ptr, expert_ptr, position_ptr, counts_ptr, S, E,
+    BIAS: tl.constexpr, K: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """Probabilities, the chosen, and for each of a block's choices: places among the block's own, and counts."""
     block = tl.program_id(0)
@@ -47,11 +47,8 @@ def route_kernel(
     tl.store(probs_ptr + at, probs, mask=inside)
 
     score = logits
-    if NOISE:
-        score += tl.load(noise_ptr + at, mask=inside, other=0.0).to(tl.float32)
     if BIAS:
-        score = _softmax(score) if NOISE else probs
-        score += tl.load(bias_ptr + columns, mask=columns < E, other=0.0).to(tl.float32)[None, :]
+        score = probs + tl.load(bias_ptr + columns, mask=columns < E, other=0.0).to(tl.float32)[None, :]
     taken = -(1 << 63)
     left = tl.where(columns[None, :] < E, _ordered(score, columns, BLOCK_E - 1), taken)
     for j in range(K):

@@ -31,7 +31,7 @@ _SCAN_C, _SCAN_E = 256, 8
 _ASSIGNMENTS = 1024
 
 
-def route(logits_SE: Tensor, k: int, bias_E: Tensor | None, noise_SE: Tensor | None) -> tuple[Tensor, ...]:
+def route(logits_SE: Tensor, k: int, bias_E: Tensor | None) -> tuple[Tensor, ...]:
     """:func:`lightning_efficient.moe.torch_ops.route`: the logits are read once."""
     (S, E), logits_SE = logits_SE.shape, logits_SE.contiguous()
     probs_SE = logits_SE.new_empty(S, E, dtype=torch.float32)
@@ -43,10 +43,9 @@ def route(logits_SE: Tensor, k: int, bias_E: Tensor | None, noise_SE: Tensor | N
         sizes = _gate_blocks(S, E)
         blocks = triton.cdiv(S, sizes["BLOCK_S"])
         starts_CE = logits_SE.new_empty(k * blocks, E, dtype=torch.int32)
-        bias_E, noise_SE = (None if each is None else each.contiguous() for each in (bias_E, noise_SE))
         _launch(
-            route_kernel, (blocks,), logits_SE, bias_E, noise_SE, probs_SE, chosen_Sk, expert_Sk, position_Sk,
-            starts_CE, S, E, BIAS=bias_E is not None, NOISE=noise_SE is not None, K=k, **sizes,
+            route_kernel, (blocks,), logits_SE, None if bias_E is None else bias_E.contiguous(), probs_SE, chosen_Sk,
+            expert_Sk, position_Sk, starts_CE, S, E, BIAS=bias_E is not None, K=k, **sizes,
         )  # fmt: skip
         _launch(
             scan_kernel, (triton.cdiv(E, _SCAN_E),), starts_CE, counts_E, k * blocks, E,

@@ -30,6 +30,7 @@ from lightning_efficient.moe import (
     MoESizes,
     MoEStats,
     MoETopology,
+    balance_loads,
     clip_grad_norm,
     clip_grad_value,
     moe_layers,
@@ -277,6 +278,12 @@ class ParmStrategy(ModelParallelStrategy):
         closure_loss = self.precision_plugin.post_backward(closure_loss, self._module)
         self.post_backward(closure_loss)
         return closure_loss
+
+    @override
+    def optimizer_step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        result = super().optimizer_step(optimizer, *args, **kwargs)
+        balance_loads(self._module)
+        return result
 
     @contextmanager
     @override

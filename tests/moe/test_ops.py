@@ -37,16 +37,15 @@ def slots(S: int, N: int, k: int, seed: int = 0) -> Tensor:
     return slot_Sk
 
 
-def naive_gate(logits_SE: Tensor, k: int, bias_E: Tensor | None, noise_SE: Tensor | None) -> list[Any]:
+def naive_gate(logits_SE: Tensor, k: int, bias_E: Tensor | None) -> list[Any]:
     """The probabilities, ids, places and counts by loops."""
     S, E = logits_SE.shape
-    rows, noises = logits_SE.tolist(), (torch.zeros(S, E) if noise_SE is None else noise_SE).tolist()
     probs, ids = [], []
-    for row, noise in zip(rows, noises, strict=True):
+    for row in logits_SE.tolist():
         probs.append(softmax(row))
-        score = [value + more for value, more in zip(row, noise, strict=True)]
+        score = row
         if bias_E is not None:
-            score = [p + b for p, b in zip(softmax(score), bias_E.tolist(), strict=True)]
+            score = [p + b for p, b in zip(probs[-1], bias_E.tolist(), strict=True)]
         ids.append(sorted(range(E), key=lambda e: (-score[e], e))[:k])
     counts, places = [0] * E, [[0] * k for _ in range(S)]
     for j in range(k):
@@ -71,10 +70,9 @@ def test_the_gate_is_a_loop_over_tokens(S: int, E: int, data: Any, seed: int) ->
     k = data.draw(st.integers(1, E))
     # Few values, so that ties are many; with a bias there are none, as rounding may part equal probabilities.
     logits = torch.randint(-2, 3, (S, E), generator=rng(seed), dtype=torch.float64)
-    noise = data.draw(st.sampled_from([None, torch.randint(-1, 2, (S, E), generator=rng(seed + 1)).double()]))
     bias = data.draw(st.sampled_from([None, 0.3 * normal(E, seed=seed + 2)]))
-    out = gate(logits, k, selection_bias_E=bias, selection_noise_SE=noise)
-    probs, ids, places, counts = naive_gate(logits, k, bias, noise)
+    out = gate(logits, k, bias)
+    probs, ids, places, counts = naive_gate(logits, k, bias)
     torch.testing.assert_close(out.probs_SE, as_rows(probs, S, E, torch.float64), rtol=1e-13, atol=0)
     assert torch.equal(out.expert_Sk, as_rows(ids, S, k, torch.int64))
     assert torch.equal(out.position_Sk, as_rows(places, S, k, torch.int64))
@@ -106,10 +104,10 @@ def test_an_expert_is_chosen_once_whatever_the_logits_hold(E: int) -> None:
     assert torch.equal(expert.sort(1).values, torch.arange(E).expand(50, E))
 
 
-def test_bias_and_noise_change_the_choice_and_nothing_else() -> None:
+def test_a_bias_changes_the_choice_and_nothing_else() -> None:
     logits = normal(30, 6, grad=True)
-    bias, noise = normal(6, seed=1), normal(30, 6, seed=2)
-    plain, changed = gate(logits, 2), gate(logits, 2, selection_bias_E=bias, selection_noise_SE=noise)
+    bias = normal(6, seed=1)
+    plain, changed = gate(logits, 2), gate(logits, 2, bias)
     assert not torch.equal(plain.expert_Sk, changed.expert_Sk)
     assert torch.equal(plain.probs_SE, changed.probs_SE)
     (mine,) = torch.autograd.grad(changed.chosen_Sk.square().sum(), logits)

@@ -17,22 +17,20 @@ from tests.moe.test_ops import normal, slots
 
 triton = pytest.importorskip("triton")
 
-# tokens, experts, choices, dtype, bias, noise
-GATES: dict[str, tuple[int, int, int, str, bool, bool]] = {
-    "whole blocks": (64, 8, 2, "float32", False, False),
-    "odd sizes": (75, 5, 2, "float32", False, False),
-    "many blocks": (300, 3, 2, "float32", False, False),
-    "many experts": (40, 200, 2, "float32", False, False),
-    "every expert": (20, 6, 6, "float32", False, False),
-    "one of each": (1, 1, 1, "float32", False, False),
-    "no tokens": (0, 5, 2, "float32", False, False),
-    "bias": (40, 8, 2, "float32", True, False),
-    "noise": (40, 8, 2, "float32", False, True),
-    "bias and noise": (40, 8, 2, "float32", True, True),
-    "bfloat16": (40, 8, 2, "bfloat16", False, False),
-    "float16": (40, 8, 1, "float16", False, True),
-    "ties": (60, 8, 3, "float32", False, False),
-    "not finite": (60, 8, 3, "float32", False, False),
+# tokens, experts, choices, dtype, bias
+GATES: dict[str, tuple[int, int, int, str, bool]] = {
+    "whole blocks": (64, 8, 2, "float32", False),
+    "odd sizes": (75, 5, 2, "float32", False),
+    "many blocks": (300, 3, 2, "float32", False),
+    "many experts": (40, 200, 2, "float32", False),
+    "every expert": (20, 6, 6, "float32", False),
+    "one of each": (1, 1, 1, "float32", False),
+    "no tokens": (0, 5, 2, "float32", False),
+    "bias": (40, 8, 2, "float32", True),
+    "bfloat16": (40, 8, 2, "bfloat16", False),
+    "float16": (40, 8, 1, "float16", True),
+    "ties": (60, 8, 3, "float32", False),
+    "not finite": (60, 8, 3, "float32", False),
 }
 # tokens, slots, choices, width, dtype, dtype of the slots
 MOVES: dict[str, tuple[int, int, int, int, str, str]] = {
@@ -49,7 +47,7 @@ MOVES: dict[str, tuple[int, int, int, int, str, str]] = {
 
 
 def gate_case(name: str) -> list[Tensor]:
-    S, E, k, dtype, bias, noise = GATES[name]
+    S, E, k, dtype, bias = GATES[name]
     logits = normal(S, E, dtype=torch.float32)
     if name == "ties":
         logits = logits.round() * torch.where(normal(S, E, seed=9) > 0, 1.0, -1.0)  # zeros of both signs
@@ -57,12 +55,7 @@ def gate_case(name: str) -> list[Tensor]:
         logits = torch.where(logits > 0.7, -math.inf, logits)
         logits[:, 3], logits[7:20, 5], logits[30] = 1.0, math.nan, -math.inf
     logits = logits.to(getattr(torch, dtype)).requires_grad_()
-    out = gate(
-        logits,
-        k,
-        selection_bias_E=0.3 * normal(E, seed=1, dtype=torch.float32) if bias else None,
-        selection_noise_SE=normal(S, E, seed=2, dtype=torch.float32) if noise else None,
-    )
+    out = gate(logits, k, 0.3 * normal(E, seed=1, dtype=torch.float32) if bias else None)
     g_SE, g_Sk = normal(S, E, seed=3, dtype=torch.float32), normal(S, k, seed=4, dtype=torch.float32)
     losses = (out.probs_SE * g_SE).sum(), (out.chosen_Sk * g_Sk).sum()
     wanted = (losses[0], losses[1], losses[0] + losses[1])
@@ -161,13 +154,13 @@ def kernels() -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("extras", [False, True], ids=["plain", "bias and noise"])
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize(("block_S", "block_E"), [(128, 8), (16, 256)])
-def test_the_kernels_of_the_gate_compile(kernels: Any, block_S: int, block_E: int, extras: bool) -> None:
+def test_the_kernels_of_the_gate_compile(kernels: Any, block_S: int, block_E: int, bias: bool) -> None:
     block = {"BLOCK_S": block_S, "BLOCK_E": block_E, "K": 2}
-    absent = {} if extras else {"bias_ptr": None, "noise_ptr": None}
+    absent = {} if bias else {"bias_ptr": None}
     for kernel, constants in (
-        (kernels.route_kernel, {"BIAS": extras, "NOISE": extras, **absent, **block}),
+        (kernels.route_kernel, {"BIAS": bias, **absent, **block}),
         (kernels.scan_kernel, {"BLOCK_C": 256, "BLOCK_E": 8}),
         (kernels.place_kernel, {"K": 2, "BLOCK_S": block_S, "BLOCK_A": 1024}),
         (kernels.route_gradient_kernel, {"PROBS": True, "CHOSEN": True, **block}),

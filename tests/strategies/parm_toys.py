@@ -16,7 +16,7 @@ from torch.optim import SGD, Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 from typing_extensions import override
 
-from lightning_efficient.moe import MoELayer, aux_loss
+from lightning_efficient.moe import MoELayer, aux_loss, balance_loads
 from lightning_efficient.strategies import ParmStrategy
 from tests.support.trainers import make_trainer
 
@@ -88,6 +88,11 @@ class MoEModule(pl.LightningModule):
         loss = self.loss(batch)
         self.losses.append(loss.item())
         return loss
+
+    @override
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        if not isinstance(self.trainer.strategy, ParmStrategy):
+            balance_loads(self)
 
     @override
     def configure_optimizers(self) -> Optimizer:
@@ -193,6 +198,7 @@ def train_alone(
             if clip_value is not None:
                 nn.utils.clip_grad_value_(module.parameters(), clip_value)
             optimizer.step()
+            balance_loads(module)
             optimizer.zero_grad()
     return module
 

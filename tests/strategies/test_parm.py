@@ -56,6 +56,7 @@ CASES = {
     "all three": Case((2, 2, 2), "s1_hier/2"),
     "all tokens shared, experts twice": Case((4, 2, 1), "s2_saa/2", FULL),
     "experts cut only": Case((2, 1, 4), "deepspeed"),
+    "loads evened by a bias": Case((2, 2, 1), "s1/1", {"balance_rate": 0.05}),
 }
 
 
@@ -123,7 +124,7 @@ def test_weights_equal_one_process_with_clipping_and_accumulation(name: str, tra
     assert worst(weights_of(start), weights_of(expected)) > 1e-3
     for rank in trained:
         assert worst(rank[name].weights, weights_of(expected)) < TOLERANCE
-    assert (trained[0][name].dropped_share > 0.1) == bool(case.moe)
+    assert (trained[0][name].dropped_share > 0.1) == (case.moe == FULL)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -147,6 +148,7 @@ def test_each_rank_holds_its_part_of_the_experts(trained: list[dict[str, Seen]])
         "all three": (2, 8, 1, 8),
         "all tokens shared, experts twice": (2, 8, 1, 16),
         "experts cut only": (4, 8, 1, 4),
+        "loads evened by a bias": (2, 8, 1, 16),
     }
 
 
@@ -347,6 +349,7 @@ def test_figures_reach_the_logger(others: list[dict[str, Any]]) -> None:
     told, stats = others[0]["told"], others[0]["stats"]
     assert told[f"parm/schedule/24x{DIM}_{EXPERTS}x{HIDDEN}_dropless"] == "s1_hier"
     assert told["moe/dropped_share"] == 0
+    assert 1 < told["moe/busiest_expert"] < EXPERTS
     assert stats.steps == BATCHES
     assert told["moe/bytes_per_step"] == stats.bytes_sent / BATCHES > 0
     assert told["moe/bytes_per_step/mp"] == stats.bytes_by_axis["mp"] / BATCHES > 0

@@ -40,7 +40,7 @@ Losses = dict[str, list[float]]
 
 def module() -> MoEModule:
     """Its loss is a mean over tokens: the same, however they are dealt out."""
-    return MoEModule(aux_loss_coef=0.0)
+    return MoEModule(aux_loss_coef=0.0, balance_rate=0.05)
 
 
 def _losses_after(world_size: int, strategy: Any, path: str) -> list[float]:
