@@ -10,7 +10,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
 
     import lightning.pytorch as pl
@@ -151,6 +151,43 @@ def starts_processes_by_fork_or_spawn(trainer: "pl.Trainer") -> bool:
     from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
     return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
+
+
+def around_functorch(leave: "Callable[[], None]", enter: "Callable[[], None]") -> "AbstractContextManager[None]":
+    """For as long as it is entered, have something done before and after each outermost transform of `torch.func`.
+
+    Those transforms raise where hooks for saved tensors are set, which whoever set them can prevent in no other way.
+    """
+    from contextlib import contextmanager
+
+    import torch
+
+    graph: Any = torch.autograd.graph
+    original, depth = graph.disable_saved_tensors_hooks, 0
+
+    @contextmanager
+    def aside(message: str) -> "Iterator[None]":
+        nonlocal depth
+        if not depth:
+            leave()
+        depth += 1
+        try:
+            with original(message):
+                yield
+        finally:
+            depth -= 1
+            if not depth:
+                enter()
+
+    @contextmanager
+    def replaced() -> "Iterator[None]":
+        graph.disable_saved_tensors_hooks = aside
+        try:
+            yield
+        finally:
+            graph.disable_saved_tensors_hooks = original
+
+    return replaced()
 
 
 def forget_init_args_of_another_class() -> None:

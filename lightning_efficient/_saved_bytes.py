@@ -1,7 +1,7 @@
 """What a forward pass keeps for backward: counted where autograd is handed it, for any model."""
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
-from lightning_efficient._compat import base_of_view, is_fake, storage_address
+from lightning_efficient._compat import around_functorch, base_of_view, is_fake, storage_address
 
 
 class Kept(NamedTuple):
@@ -38,21 +38,30 @@ _ENTERED: list["SavedBytes"] = []
 class SavedBytes:
     """Counts bytes handed to autograd while it is entered; see :func:`saved_bytes`.
 
+    Args:
+        module: whose names count, and whose parameters and buffers do not.
+        names: other names of its modules; those without one count as what they are in.
+
     Attributes:
         tensors: what was kept, one entry for each storage, in order.
         result: what the function returned, if one was given.
+        interrupted: whether a transform of ``torch.func`` ran, which allows nobody to look: what it kept is not here.
     """
 
-    def __init__(self, module: nn.Module | None = None) -> None:
+    def __init__(self, module: nn.Module | None = None, *, names: Mapping[str, nn.Module] | None = None) -> None:
         self.tensors: list[Kept] = []
         self.result: Any = None
-        self._names = {} if module is None else {id(each): name for name, each in module.named_modules()}
+        self.interrupted = False
+        if names is None:
+            names = {} if module is None else dict(module.named_modules())
+        self._names = {id(each): name for name, each in names.items()}
         state = [] if module is None else [*module.parameters(), *module.buffers()]
         self._model = {_storage(each) for each in state}
         self._seen: set[int] = set()
         self._alive: list[Tensor] = []
         self._running: list[str] = []
         self._hooks = saved_tensors_hooks(self._pack, lambda tensor: tensor)
+        self._functorch = around_functorch(self._step_aside, self._hooks.__enter__)
         self._handles: list[RemovableHandle] = []
 
     @property
@@ -83,16 +92,22 @@ class SavedBytes:
         ]
         _ENTERED.append(self)
         self._hooks.__enter__()
+        self._functorch.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._functorch.__exit__(kind, error, trace)
         self._hooks.__exit__(kind, error, trace)
         _ENTERED.remove(self)
         for handle in self._handles:
             handle.remove()
         self._alive, self._running = [], []
+
+    def _step_aside(self) -> None:
+        self.interrupted = True
+        self._hooks.__exit__()
 
     def _leave(self) -> None:
         if self._running:
@@ -120,7 +135,7 @@ def saved_bytes(fn: Callable[[], Any] | None = None, *, module: nn.Module | None
 
     Put the forward pass inside, and backward outside: what was counted stays allocated until the end of the block.
     Attributes that an ``autograd.Function`` sets on its context are not seen (bitsandbytes' int8 layers do so); compare
-    with the allocator's peak where that matters.
+    with the allocator's peak where that matters. Nor is what happens within ``torch.func``'s transforms.
 
     Args:
         fn: run at once, and counted; its result is in ``result``. Without it, use the return value in ``with``.

@@ -14,13 +14,18 @@ from lightning.pytorch.profilers import PyTorchProfiler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from lightning_efficient._compat import starts_processes_by_fork_or_spawn
 from lightning_efficient.callbacks.dissect_parts import Clean, Counted, Dissected, MeasurementParts, Part
 from lightning_efficient.callbacks.dissect_report import build_report, measured_values, write_report
 from lightning_efficient.dissect import Counts, DissectReport, Window, count_batch
 from lightning_efficient.dissect.report.dissection import render_text
 
+# In which no optimizer took a step: then none will.
+_MOST_BATCHES = 1000
 CountTokens = Callable[[Any], "int | Tensor"]
 
 
@@ -50,7 +55,8 @@ class Dissect(Callback):
         stop_after: end the fit when the measurement has ended.
 
     Attributes:
-        report: what was measured, on every rank; None until then.
+        report: what was measured, on every rank; None until then, and after a fit whose processes were started by fork
+            or spawn, which take it with them: read ``dissect.json`` there.
 
     Raises:
         ValueError: a number of steps is negative, or ``clean`` is below 1.
@@ -86,6 +92,7 @@ class Dissect(Callback):
         self.report: DissectReport | None = None
         self._ahead: list[Part] = []
         self._in_step = False
+        self._hooks: list[RemovableHandle] = []
 
     @property
     def stats(self) -> dict[str, float]:
@@ -107,23 +114,31 @@ class Dissect(Callback):
             return
         self._require_steps(trainer)
         self._require_no_other_profile(trainer)
+        if starts_processes_by_fork_or_spawn(trainer):
+            rank_zero_warn(
+                "Dissect.report stays None after this fit: its processes were started by fork or spawn, and take what "
+                "they measured with them. Read dissect.json, or choose strategy='ddp'."
+            )
         self._parts = MeasurementParts(
             Part(self.window.warmup),
             Clean(self.window.clean, pl_module, self._count),
-            Dissected(self.window.dissect, trainer, pl_module, ignore=type(self).__name__),
-            Counted(self.window.memory, pl_module),
+            Dissected(self.window.dissect, trainer, pl_module, ignore=self.state_key),
+            Counted(self.window.memory, pl_module, self._count),
         )
         self._ahead = list(self._parts)
-        self._in_step, self._global_step = False, -1
+        self._in_step = False
+        self._step: tuple[int, int] | None = None
         self._loss: Tensor | None = None
+        self._watch_optimizers(trainer)
         self._ahead[0].enter()
 
     @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self._ahead and self._global_step != trainer.global_step:
-            self._global_step = trainer.global_step
+        if self._ahead and self._step != self._steps_so_far(trainer):
+            self._step = self._steps_so_far(trainer)
+            self._batches = 0
             if self._in_step:
                 self._ahead[0].end_step()
             self._in_step = self._go_on(trainer, pl_module)
@@ -131,6 +146,7 @@ class Dissect(Callback):
                 self._ahead[0].begin_step()
         if self._in_step:
             self._ahead[0].begin_batch(batch)
+            self._require_progress(trainer)
 
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
@@ -161,12 +177,17 @@ class Dissect(Callback):
             return
         self._interrupt(trainer)
         self._go_on(trainer, pl_module)
-        if self._ahead:
-            rank_zero_warn(
-                f"Dissect saw too few steps ({self._needs()}): the fit ended, or was validated too often, before all "
-                "of them. Train longer, or ask for fewer."
-            )
+        if not self._ahead:
+            return
+        has_clean_steps = self._parts.clean.full
+        rest = "the report is of those that were complete" if has_clean_steps else "there is no report"
+        rank_zero_warn(
+            f"Dissect saw too few steps ({self._needs()}): the fit ended, or was validated too often, before all of "
+            f"them, and {rest}. Train longer, or ask for fewer."
+        )
         self._stop()
+        if has_clean_steps:
+            self._finish(trainer, pl_module)
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -187,13 +208,14 @@ class Dissect(Callback):
             if self._ahead:
                 self._ahead[0].enter()
             else:
+                self._stop()
                 self._finish(trainer, pl_module)
         return bool(self._ahead)
 
     def _interrupt(self, trainer: pl.Trainer) -> None:
         if self._in_step:
             self._in_step = False
-            self._ahead[0].interrupt(complete=self._global_step != trainer.global_step)
+            self._ahead[0].interrupt(complete=self._step != self._steps_so_far(trainer))
 
     def _finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put the report together on all ranks at the same step; rank 0 prints and writes it."""
@@ -213,6 +235,33 @@ class Dissect(Callback):
         for part in self._ahead:
             part.leave()
         self._ahead, self._in_step = [], False
+        while self._hooks:
+            self._hooks.pop().remove()
+
+    def _watch_optimizers(self, trainer: pl.Trainer) -> None:
+        """Count steps where the module takes them itself: of torch's own optimizers the Trainer would not know."""
+        self._taken = self._batches = 0
+        if trainer.lightning_module.automatic_optimization:
+            return
+
+        def taken(*step: Any) -> None:
+            self._taken += 1
+
+        watched = [each for each in trainer.optimizers if isinstance(each, Optimizer)]
+        self._hooks = [each.register_step_post_hook(taken) for each in watched]
+
+    def _steps_so_far(self, trainer: pl.Trainer) -> tuple[int, int]:
+        return trainer.global_step, self._taken
+
+    def _require_progress(self, trainer: pl.Trainer) -> None:
+        self._batches += 1
+        if self._batches > _MOST_BATCHES and not trainer.lightning_module.automatic_optimization:
+            rank_zero_warn(
+                f"Dissect gives up: in {_MOST_BATCHES} batches of {type(trainer.lightning_module).__name__}, which "
+                "optimizes by itself, no optimizer of configure_optimizers took a step. Return those that do."
+            )
+            self._stop()
+            trainer.should_stop |= self.stop_after
 
     def _require_no_other_profile(self, trainer: pl.Trainer) -> None:
         if self.window.dissect and isinstance(getattr(trainer, "profiler", None), PyTorchProfiler):

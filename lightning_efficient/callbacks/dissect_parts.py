@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
+from torch import nn
 from typing_extensions import override
 
 from lightning_efficient._compat import compiles
@@ -15,6 +16,7 @@ from lightning_efficient.dissect.attribution import ENGINE, LOOP
 from lightning_efficient.dissect.events import PHASE, STEP
 from lightning_efficient.dissect.flops import FlopCount
 from lightning_efficient.dissect.memory import PeakMemory
+from lightning_efficient.dissect.ranges import ModuleRanges
 
 
 class Part:
@@ -78,13 +80,18 @@ class Clean(Part):
         self.peak_bytes: tuple[int | None, int | None] = (None, None)
         self._peak = PeakMemory(module.device)
         self._count = count
+        self._watching = False
 
-    @override
-    def enter(self) -> None:
-        self._peak.reset()
+    @property
+    def peak_unknown(self) -> str:
+        """Why the peak is None; empty where it is not."""
+        return self._peak.reason
 
     @override
     def begin_step(self) -> None:
+        if not self._watching:  # after validation, too, whose memory is not that of steps
+            self._peak.reset()
+            self._watching = True
         self.window.begin_step()
 
     @override
@@ -103,10 +110,17 @@ class Clean(Part):
     @override
     def interrupt(self, *, complete: bool) -> None:
         self.window.interrupt()
+        self._read_peak()
 
     @override
     def leave(self) -> None:
-        self.peak_bytes = self._peak.read()
+        self._read_peak()
+
+    def _read_peak(self) -> None:
+        if self._watching:
+            self._watching = False
+            (before, reserved_before), (now, reserved) = self.peak_bytes, self._peak.read()
+            self.peak_bytes = _larger(before, now), _larger(reserved_before, reserved)
 
 
 class Dissected(Part):
@@ -116,7 +130,7 @@ class Dissected(Part):
         steps: how many.
         trainer: whose profiling points become ranges.
         module: whose submodules become rows.
-        ignore: class name of the callback whose hooks begin and end the steps.
+        ignore: state key of the callback whose hooks begin and end the steps.
     """
 
     def __init__(self, steps: int, trainer: pl.Trainer, module: pl.LightningModule, *, ignore: str) -> None:
@@ -192,39 +206,51 @@ class Counted(Part):
     Args:
         steps: how many.
         module: what is trained.
+        count: what a batch holds.
 
     Attributes:
         flops: of the last complete step; None where nothing was counted.
-        saved_total: bytes that the largest batch kept; None where nothing was counted.
-        saved: likewise by module.
+        counts: what its batches held.
+        saved_total: bytes that waited for backward at once, at most; None where nothing was counted.
+        saved: the most that each module kept for one backward.
+        interrupted: whether something was kept that cannot be seen; see :class:`SavedBytes`.
         compiled: whether the model is compiled.
     """
 
-    def __init__(self, steps: int, module: pl.LightningModule) -> None:
+    def __init__(self, steps: int, module: pl.LightningModule, count: Callable[[Any], Counts]) -> None:
         super().__init__(steps)
         self.flops: FlopCount | None = None
+        self.counts: list[Counts] = []
         self.saved_total: int | None = None
         self.saved: dict[str, int] = {}
+        self.interrupted = False
         self.compiled = compiles(module)
         self._module = module
+        self._count = count
+        self._names: dict[str, nn.Module] = {}
         self._counting: FlopCount | None = None
         self._keeping: SavedBytes | None = None
 
     @override
     def begin_step(self) -> None:
+        self.counts = []
         if not self.compiled:
+            self._names = ModuleRanges(self._module, root=False).modules  # by the names of the rows
             self._counting = FlopCount(self._module)
             self._counting.__enter__()
 
     @override
     def begin_batch(self, batch: Any) -> None:
-        if not self.compiled:
-            self._keeping = SavedBytes(self._module)
-            self._keeping.__enter__()
+        self.counts.append(self._count(batch))
+        self._keep()
 
     @override
     def before_backward(self) -> None:
         self._stop_keeping()  # what recomputation keeps for a moment waits for nothing
+
+    @override
+    def after_backward(self) -> None:
+        self._keep()  # a batch may have another forward and backward, as of a GAN's second network
 
     @override
     def end_batch(self) -> None:
@@ -249,12 +275,25 @@ class Counted(Part):
             self._counting.__exit__(None, None, None)
             self._counting = None
 
+    def _keep(self) -> None:
+        self._stop_keeping()
+        if not self.compiled:
+            self._keeping = SavedBytes(self._module, names=self._names)
+            self._keeping.__enter__()
+
     def _stop_keeping(self) -> None:
-        if self._keeping is not None:
-            self._keeping.__exit__(None, None, None)
-            if self.saved_total is None or self._keeping.total > self.saved_total:
-                self.saved_total, self.saved = self._keeping.total, self._keeping.by_module()
-            self._keeping = None
+        if self._keeping is None:
+            return
+        self._keeping.__exit__(None, None, None)
+        self.interrupted |= self._keeping.interrupted
+        self.saved_total = max(self.saved_total or 0, self._keeping.total)
+        for name, kept in self._keeping.by_module().items():
+            self.saved[name] = max(self.saved.get(name, 0), kept)
+        self._keeping = None
+
+
+def _larger(one: int | None, other: int | None) -> int | None:
+    return max((each for each in (one, other) if each is not None), default=None)
 
 
 class MeasurementParts(NamedTuple):

@@ -34,7 +34,7 @@ class RangesForActions(Profiler):
         inner: the Trainer's own.
         open_range: begins a range of a name.
         close_range: ends the last one.
-        ignore: name of the callback that dissects: its hooks begin and end steps.
+        ignore: state key of the callback that dissects: its hooks begin and end steps.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class RangesForActions(Profiler):
         self.inner = inner
         self._open_range = open_range
         self._close_range = close_range
-        self._ignore = f"[Callback]{ignore}"
+        self._ignore = f"[Callback]{ignore}."
         self._opened: list[bool] = []
 
     @override

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +35,8 @@ from lightning_efficient.dissect.report.html import page
 from lightning_efficient.dissect.result import PHASES
 
 ValueT = TypeVar("ValueT")
+_NAMED = 3
+_SAME_SIZE = 0.01
 _DTYPES = {"16": torch.float16, "bf16": torch.bfloat16, "32": torch.float32, "64": torch.float64}
 
 
@@ -62,7 +65,9 @@ def build_report(
     own = _OfOneRank(
         device or host,
         _memory(parts, state_bytes(module, trainer.optimizers)),
-        None if flops is None else (flops.model_flops, flops.hardware_flops),
+        None
+        if flops is None
+        else _FlopsOfOneRank(flops.model_flops, flops.hardware_flops, _size(parts), tuple(sorted(flops.uncounted))),
     )
     every = _gather(own)
     breakdowns = [each.breakdown for each in every if each.breakdown is not None]
@@ -114,12 +119,31 @@ def _mib(size: int | None) -> float | None:
     return None if size is None else size / 2**20
 
 
+class _FlopsOfOneRank(NamedTuple):
+    """Of the counted step, its size as a multiple of a clean one's, and the operators that were not counted."""
+
+    model: int
+    hardware: int
+    size: float
+    uncounted: tuple[str, ...]
+
+
 class _OfOneRank(NamedTuple):
     """What a rank tells the others."""
 
     breakdown: Breakdown | None
     memory: Memory
-    flops: tuple[int, int] | None
+    flops: _FlopsOfOneRank | None
+
+
+def _size(parts: MeasurementParts) -> float:
+    """How much more than a clean step the counted one had to do: by padded tokens, else samples, else batches."""
+    clean, counted = parts.clean.window, parts.counted.counts
+    for size in (lambda each: float(each.padded_tokens), lambda each: float(each.samples), lambda each: 1.0):
+        own, mean = sum(map(size, counted)), sum(map(size, clean.counts)) / clean.done
+        if own and mean:
+            return own / mean
+    return 1.0
 
 
 def _with_counts(breakdown: Breakdown, counted: Counted) -> Breakdown:
@@ -144,6 +168,7 @@ def _with_counts(breakdown: Breakdown, counted: Counted) -> Breakdown:
 
 def _memory(parts: MeasurementParts, state: StateBytes) -> Memory:
     peak, reserved = parts.clean.peak_bytes
+    why_not = [parts.clean.peak_unknown, "" if parts.counted.saved_total is not None else _why_uncounted(parts.counted)]
     return Memory(
         peak_bytes=peak,
         peak_reserved_bytes=reserved,
@@ -151,7 +176,7 @@ def _memory(parts: MeasurementParts, state: StateBytes) -> Memory:
         gradient_bytes=state.gradient_bytes,
         optimizer_bytes=state.optimizer_bytes,
         saved_bytes=parts.counted.saved_total,
-        note=_why_uncounted(parts.counted) if parts.counted.saved_total is None else "",
+        note="; ".join(each for each in why_not if each),
     )
 
 
@@ -167,15 +192,30 @@ def _flops(
     counted = [each.flops for each in every if each.flops is not None]
     if not counted:
         return Flops(note=why_not)
-    model, hardware = sum(each[0] for each in counted), sum(each[1] for each in counted)
+    model, hardware = sum(each.model for each in counted), sum(each.hardware for each in counted)
+    notes = []
+    if uncounted := sorted({name for each in counted for name in each.uncounted}):
+        more = " and more" if len(uncounted) > _NAMED else ""
+        notes.append(f"not counted, for no formula is known: {', '.join(uncounted[:_NAMED])}{more}")
+    size = statistics.fmean(each.size for each in counted)
+    if abs(size - 1) > _SAME_SIZE:
+        notes.append(f"they are of a step {size:.2f} times the size of a clean one: MFU and HFU take that into account")
     dtype = _compute_dtype(trainer)
     known = None if dtype is None else known_peak(machine.device, dtype, tf32=_uses_tf32())
     peak = given if given is not None else known
     if peak is None:
         what = f"{machine.device} in {dtype or f'precision {trainer.precision}'}"
-        return Flops(model, hardware, note=f"no peak is known for {what}: give peak_flops for MFU")
+        notes.append(f"no peak is known for {what}: give peak_flops for MFU")
+        return Flops(model, hardware, note="; ".join(notes))
     possible = throughput.step_s.mean * peak * trainer.world_size
-    return Flops(model, hardware, peak, mfu=model / possible, hfu=hardware / possible)
+    return Flops(
+        model,
+        hardware,
+        peak,
+        mfu=sum(each.model / each.size for each in counted) / possible,
+        hfu=sum(each.hardware / each.size for each in counted) / possible,
+        note="; ".join(notes),
+    )
 
 
 def _compute_dtype(trainer: pl.Trainer) -> torch.dtype | None:
@@ -193,17 +233,31 @@ def _uses_tf32() -> bool:
 def _why_uncounted(counted: Counted) -> str:
     if counted.compiled:
         return "the model is compiled: counting would compile it anew, and change what runs"
-    return "no step was asked for to count them (memory=0)" if not counted.steps else ""
+    if not counted.steps:
+        return "no step was asked for to count them (memory=0)"
+    return "" if counted.done else "the fit ended before the step that counts them"
 
 
 def _notes(parts: MeasurementParts) -> list[str]:
     notes = []
-    if parts.counted.compiled and parts.counted.steps:
-        notes.append(f"FLOPs and saved bytes were not counted: {_why_uncounted(parts.counted)}.")
-    if uncut := parts.dissected.recorder.ranges.compiled:
-        names = ", ".join(path or "the whole model" for path in uncut[:3])
-        notes.append(f"Compiled modules are one row each: {names}{' and more' if len(uncut) > 3 else ''}.")
+    dissected, counted, ranges = parts.dissected, parts.counted, parts.dissected.recorder.ranges
+    if counted.steps and (counted.compiled or not counted.done):
+        notes.append(f"FLOPs and saved bytes were not counted: {_why_uncounted(counted)}.")
+    if dissected.done < dissected.steps:
+        notes.append(f"The fit ended after {dissected.done} of {dissected.steps} dissected steps.")
+    if counted.interrupted:
+        notes.append("What torch.func's transforms kept for backward is not in the saved bytes: they let nobody look.")
+    if ranges.compiled:
+        notes.append(f"Compiled modules are one row each: {_some(ranges.compiled)}.")
+    if ranges.scripted:
+        notes.append(f"TorchScript modules take no hooks and have no row: {_some(ranges.scripted)}.")
     return notes
+
+
+def _some(paths: Sequence[str]) -> str:
+    return ", ".join(path or "the whole model" for path in paths[:_NAMED]) + (
+        " and more" if len(paths) > _NAMED else ""
+    )
 
 
 def _sum_over_ranks(values: Sequence[float]) -> tuple[list[float], float]:

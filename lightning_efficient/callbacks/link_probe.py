@@ -71,6 +71,11 @@ class CompressionProbe(pl.Callback):
         self._unsynced = ExitStack()
         self._current: _Batch | None = None
 
+    @property
+    def steps_needed(self) -> int:
+        """Optimizer steps that a fit has to have: the timed, the untimed, and one in which DDP forms its buckets."""
+        return self._skip + self._steps + self._synced_steps + 1
+
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not isinstance(trainer.strategy, DDPStrategy | SingleDeviceStrategy):

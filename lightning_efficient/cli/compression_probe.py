@@ -51,7 +51,8 @@ class _ProbeCLI(ShortRunCLI):
     def __init__(self, recipe_args: Sequence[str], *, steps: int, single_process: bool) -> None:
         self.probe = CompressionProbe(steps=steps, needs_link=not single_process)
         self._single_process = single_process
-        super().__init__(recipe_args, self.probe, left_out=(CompressionMonitor,))  # it needs a compressor
+        # The monitor needs a compressor.
+        super().__init__(recipe_args, self.probe, steps=self.probe.steps_needed, left_out=(CompressionMonitor,))
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:

@@ -56,7 +56,7 @@ def dissect_recipe(recipe_args: Sequence[str], callback: Dissect, *, json: Path 
     Raises:
         UserError: The fit ended before the measurement did.
     """
-    cli = ShortRunCLI(recipe_args, callback, left_out=(Dissect,))
+    cli = ShortRunCLI(recipe_args, callback, steps=callback.steps_needed, left_out=(Dissect,))
     if callback.report is None:
         raise UserError(
             "the fit ended before the measurement: something in the recipe stopped it, such as a callback that sets "

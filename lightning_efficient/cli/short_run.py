@@ -14,6 +14,17 @@ from lightning_efficient.cli.efficient_cli import EfficientCLI
 
 # These save, or end training early. All others stay: they may change the model.
 _LEFT_OUT = (Checkpoint, EarlyStopping, ProgressBar)
+# As many times more than are needed; finite, as schedules of learning rates ask how many there will be.
+_AMPLE = 10
+
+
+class _NoPlateaus(Callback):
+    """Takes off the schedules that wait for a metric of validation, which a short run has not."""
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        configs = trainer.strategy.lr_scheduler_configs
+        trainer.strategy.lr_scheduler_configs = [each for each in configs if not each.reduce_on_plateau]
 
 
 class ShortRunCLI(EfficientCLI):
@@ -22,11 +33,15 @@ class ShortRunCLI(EfficientCLI):
     Args:
         recipe_args: the recipe and its overrides, as words of the command line.
         callback: measures, and ends the run.
+        steps: that it needs.
         left_out: classes of callbacks that would be in its way.
     """
 
-    def __init__(self, recipe_args: Sequence[str], callback: Callback, *, left_out: tuple[type, ...] = ()) -> None:
+    def __init__(
+        self, recipe_args: Sequence[str], callback: Callback, *, steps: int, left_out: tuple[type, ...] = ()
+    ) -> None:
         self.callback = callback
+        self._steps = steps
         self._left_out = (*_LEFT_OUT, *left_out)
         super().__init__(["fit", *recipe_args], save_config_callback=None)
 
@@ -35,8 +50,9 @@ class ShortRunCLI(EfficientCLI):
         init = self.config_init["fit"]["trainer"]
         given = init.get("callbacks") or []
         callbacks: list[Callback] = given if isinstance(given, list) else [given]
-        # Last, so that its steps begin when those of the others have.
-        init["callbacks"] = [*(each for each in callbacks if not isinstance(each, self._left_out)), self.callback]
+        kept = [each for each in callbacks if not isinstance(each, self._left_out)]
+        # The one that measures last, so that its steps begin when those of the others have.
+        init["callbacks"] = [*kept, _NoPlateaus(), self.callback]
         return super().instantiate_trainer(
             **kwargs,
             logger=DummyLogger(),  # callbacks that insist on a logger keep working
@@ -46,8 +62,9 @@ class ShortRunCLI(EfficientCLI):
             fast_dev_run=False,
             limit_val_batches=0,
             num_sanity_val_steps=0,
-            max_epochs=-1,
-            max_steps=-1,
+            # An epoch has one step at least.
+            max_epochs=max(_AMPLE * self._steps, init.get("max_epochs") or 0),
+            max_steps=max(_AMPLE * self._steps, init.get("max_steps") or 0),
             max_time=None,
             min_epochs=None,
             min_steps=None,

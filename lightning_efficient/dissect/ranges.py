@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from lightning_efficient._compat import compiles, graph_task_id, profiler_range, wrap_compiled_call
@@ -23,7 +24,8 @@ class ModuleRanges:
 
     A forward that runs inside of backward repeats one whose activations were not kept: its range is ``le::R:path``.
     Nothing is attached inside of a compiled module, where hooks would not fire or would cut the graph: it is one row,
-    with a range around the call of what was compiled.
+    with a range around the call of what was compiled. A TorchScript module takes no hooks at all: its time is that of
+    the module it is in.
 
     Args:
         module: whose submodules to watch.
@@ -32,11 +34,13 @@ class ModuleRanges:
     Attributes:
         modules: the watched modules by path, in the order of the model; a shared one has its first path.
         compiled: paths of the compiled ones.
+        scripted: paths of TorchScript modules, which are not watched.
     """
 
     def __init__(self, module: nn.Module, *, root: bool = True) -> None:
         self.modules: dict[str, nn.Module] = {}
         self.compiled: list[str] = []
+        self.scripted: list[str] = []
         self._undo: list[Callable[[], None]] = []
         self._open: list[tuple[str, Any]] = []
         self._collect(module, "", root=root, seen=set())
@@ -96,6 +100,9 @@ class ModuleRanges:
         if id(module) in seen:
             return
         seen.add(id(module))
+        if isinstance(module, torch.jit.ScriptModule):
+            self.scripted.append(path)
+            return
         is_compiled = _is_compiled(module)
         if is_compiled:
             self.compiled.append(path)

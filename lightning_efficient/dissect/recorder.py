@@ -27,7 +27,8 @@ class Recorder:
 
     Args:
         module: the model.
-        optimizers: get a row each; without them, those of one class share a row.
+        optimizers: get a row each; without them, those of one class share a row. Of one that is no torch optimizer,
+            such as DeepSpeed's, the one within counts.
         root: whether operations of the model's own ``forward`` are a row, named by the empty path.
 
     Attributes:
@@ -52,7 +53,7 @@ class Recorder:
 
     def __init__(self, module: nn.Module, optimizers: Iterable[Optimizer] = (), *, root: bool = True) -> None:
         self.ranges = ModuleRanges(module, root=root)
-        self._optimizers = list(optimizers)
+        self._optimizers = [each for given in optimizers if (each := _of_torch(given)) is not None]
         self._handles: list[RemovableHandle] = []
         self._open: list[Any] = []
         self.events: list[Event] = []
@@ -174,3 +175,10 @@ class Recorder:
 
         self._handles.append(optimizer.register_step_pre_hook(opening))
         self._handles.append(optimizer.register_step_post_hook(closing))
+
+
+def _of_torch(optimizer: object) -> Optimizer | None:
+    """The torch optimizer that takes hooks: this one, or the one within."""
+    while optimizer is not None and not isinstance(optimizer, Optimizer):
+        optimizer = getattr(optimizer, "optimizer", None)
+    return optimizer

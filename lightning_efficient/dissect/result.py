@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -109,9 +110,10 @@ class Flops:
         model_per_step: without what checkpointing computes twice; None where it could not be counted.
         hardware_per_step: all that ran.
         peak_per_s: dense peak of one device at the precision in use; None for an unknown device.
-        mfu: model FLOPs over step time, peak and devices; None without a peak.
+        mfu: model FLOPs over step time, peak and devices; None without a peak. Where the counted step was of another
+            size than the clean ones, in padded tokens, else samples, else batches, for a step of theirs.
         hfu: hardware FLOPs likewise.
-        note: why something is None.
+        note: why something is None, and what was not counted.
     """
 
     model_per_step: int | None = None
@@ -347,8 +349,8 @@ class CaseResult:
 
 
 def to_json(value: Any) -> dict[str, Any]:
-    """Return a result as plain dicts, lists, numbers and strings."""
-    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(value)))
+    """Return a result as plain dicts, lists, numbers and strings; "nan" and "inf" are strings, as JSON has none."""
+    plain: dict[str, Any] = _plain(dataclasses.asdict(value))
     return plain
 
 
@@ -388,11 +390,21 @@ def read_json(cls: type[ValueT], path: str | Path) -> ValueT:
     return from_json(cls, json.loads(Path(path).read_text(encoding="utf-8")))
 
 
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _build(kind: Any, data: Any) -> Any:
     if dataclasses.is_dataclass(kind):
         hints = get_type_hints(kind)
         return kind(**{name: _build(hints[name], value) for name, value in data.items()})  # type: ignore[operator]
     origin, arguments = get_origin(kind), get_args(kind)
+    if isinstance(data, str) and (kind is float or float in arguments):
+        return float(data)
     if origin is tuple:
         return tuple(_build(arguments[0], each) for each in data)
     if origin is not None and isinstance(origin, type) and issubclass(origin, Mapping):

@@ -55,6 +55,11 @@ class CleanWindow:
         """Steps collected so far."""
         return len(self._done)
 
+    @property
+    def counts(self) -> list[Counts]:
+        """Of each batch in the steps collected so far."""
+        return [each for step, _ in self._done for each in step.counts]
+
     def begin_step(self) -> None:
         """An optimizer step begins with the next batch."""
         self._current = _Step()
@@ -104,7 +109,7 @@ class CleanWindow:
             batch_s += [self._between(a, b) for a, b in pairwise(marks)]
             step_s.append(self._between(marks[0], end))
             waits += step.waits
-        counts = [each for step, _ in self._done for each in step.counts]
+        counts = self.counts
         own = [float(sum(getattr(each, name) for each in counts)) for name in ("tokens", "padded_tokens", "samples")]
         (tokens, padded, samples), seconds = total_over_ranks([*own, sum(step_s)])
         return Throughput(

@@ -55,6 +55,18 @@ def test_the_report_may_be_kept_off_the_screen(workplace: Path) -> None:
     assert "memory=0" in report.flops.note
 
 
+@pytest.mark.distributed
+@pytest.mark.parametrize("model", ["ScheduledModel", "RawModel"])
+def test_schedules_and_loops_of_the_users_own_are_no_hindrance(model: str, workplace: Path) -> None:
+    recipe = workplace / "recipe.yaml"
+    trainer = "trainer: {max_epochs: 2, accelerator: cpu, log_every_n_steps: 1}\n"
+    recipe.write_text(f"{trainer}model: tests.cli.toys.{model}\ndata: tests.cli.toys.ToyData\n")
+    # Of four batches an epoch: the measurement is longer than the user's own training.
+    printed_by(["-c", "recipe.yaml", "--warmup", "3", "--clean", "10", "--quiet"], workplace)
+    report = read_json(DissectReport, workplace / "dissect" / "dissect.json")
+    assert report.throughput.step_s.count == 10
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [

@@ -50,6 +50,37 @@ class ToyModel(pl.LightningModule):
         return self.optimizer([self.net.weight] if self.forget_bias else self.net.parameters())
 
 
+class ScheduledModel(ToyModel):
+    """Its learning rates depend on how long the training is, and on validation."""
+
+    def configure_optimizers(self) -> dict[str, object]:  # type: ignore[override]
+        optimizer = self.optimizer(self.net.parameters())
+        steps = int(self.trainer.estimated_stepping_batches)
+        one_cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=steps)
+        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+        schedules = [
+            {"scheduler": one_cycle, "interval": "step"},
+            {"scheduler": plateau, "monitor": "val_loss"},
+        ]
+        return [optimizer], schedules  # type: ignore[return-value]
+
+
+class RawModel(ToyModel):
+    """Steps torch's own optimizer, of which the Trainer's step count knows nothing."""
+
+    def __init__(self, **kwargs: int) -> None:
+        super().__init__(**kwargs)  # type: ignore[arg-type]
+        self.automatic_optimization = False
+
+    def training_step(self, batch: list[Tensor], batch_index: int) -> Tensor:
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        optimizer.zero_grad()  # type: ignore[union-attr]
+        loss = self.net(batch[0]).square().mean()
+        self.manual_backward(loss)
+        optimizer.step()  # type: ignore[union-attr]
+        return loss
+
+
 class ToyData(pl.LightningDataModule):
     def __init__(self, batch_size: int = 4, num_batches: int = 4) -> None:
         super().__init__()

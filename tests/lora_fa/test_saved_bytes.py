@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_efficient._saved_bytes import SavedBytes
 from lightning_efficient.lora_fa import saved_bytes
 
 
@@ -166,3 +167,30 @@ def test_a_model_without_memory_keeps_as_much() -> None:
         return saved_bytes(lambda: net(x).sum(), module=net).total
 
     assert kept("meta") == kept("cpu")
+
+
+def test_transforms_of_torch_func_run_inside_and_what_is_around_them_is_counted() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU()), torch.randn(2, 4)
+    with saved_bytes(module=model) as alone:
+        model(x)
+    with saved_bytes(module=model) as outer, saved_bytes(module=model) as kept:
+        first = model(x)
+        slope = torch.func.grad(lambda y: torch.func.grad(lambda z: (z**3).sum())(y).sum())(x)
+        with pytest.raises(ZeroDivisionError):
+            torch.func.grad(lambda y: 1 / 0)(x)
+        second = model(2 * x)
+    torch.testing.assert_close(slope, 6 * x)
+    assert kept.total == outer.total == 2 * alone.total
+    assert kept.interrupted
+    assert not alone.interrupted
+    (first + second).sum().backward()  # the hooks' own tensors are whole
+
+
+def test_modules_may_have_other_names() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    with saved_bytes(module=model) as own:
+        model(torch.randn(2, 4))
+    assert own.by_module() == {"0": 32, "1": 32}
+    with SavedBytes(model, names={"all": model, "all.last": model[1]}) as kept:
+        model(torch.randn(2, 4))
+    assert kept.by_module() == {"all": 32, "all.last": 32}

@@ -11,8 +11,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import yaml
+
 from lightning_efficient.cli.bench.sweep import AUTO, DEFAULT_KEYS, OVERLAY_AXES, Sweep, Value, shipped_or_local
-from lightning_efficient.cli.bench.techniques import CONTROL, NONE, TECHNIQUES, combination_name, parse_combination
+from lightning_efficient.cli.bench.techniques import (
+    CONTROL,
+    NONE,
+    TECHNIQUES,
+    combination_name,
+    parse_combination,
+    why_not_together,
+)
 from lightning_efficient.cli.errors import UserError
 from lightning_efficient.cli.recipes import find_recipe
 
@@ -36,7 +45,8 @@ class Machine:
         """Look at this machine."""
         import torch
 
-        on_cpu = "cpu" in (word.rsplit("=", 1)[-1] for word in _accelerator_words(sweep.overrides))
+        accelerators = [_accelerator_of(find_recipe(sweep.recipe)), *_accelerator_words(sweep.overrides)]
+        on_cpu = accelerators[-1].rsplit("=", 1)[-1] == "cpu"
         wanted = {package for each in TECHNIQUES.values() for package, _ in each.extras}
         return cls(
             gpus=0 if on_cpu or not torch.cuda.is_available() else torch.cuda.device_count(),
@@ -105,6 +115,8 @@ def expand(sweep: Sweep) -> list[Case]:
 def why_not(case: Case, sweep: Sweep, machine: Machine) -> str:
     """Return the sentence that says why a case cannot run on a machine; empty if it can."""
     world, techniques = int(case.axes["world"]), _techniques(case)
+    if reason := why_not_together(techniques):
+        return reason
     for name in techniques:
         if name in sweep.rules.needs_cuda and not machine.gpus:
             return f"{name} needs CUDA, and there is no GPU here."
@@ -214,6 +226,13 @@ def _part(axis: str, value: Value) -> str:
 
 def _word(value: Value) -> str:
     return json.dumps(value) if isinstance(value, bool) else str(value)
+
+
+def _accelerator_of(recipe: Path) -> str:
+    """What a recipe says of trainer.accelerator; ``auto`` where it says nothing."""
+    data = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    trainer = data.get("trainer") if isinstance(data, Mapping) else None
+    return str(trainer.get("accelerator") or "auto") if isinstance(trainer, Mapping) else "auto"
 
 
 def _accelerator_words(overrides: Sequence[str]) -> list[str]:

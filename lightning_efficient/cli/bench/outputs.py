@@ -92,7 +92,7 @@ def _plots(setting: Setting, *, collapsed: bool) -> Section:
     best = setting.best
     machine = next(iter(best.values())).report
     assert machine is not None  # `best` holds measured cases
-    charts = [_scatter(best), *_relative(best), *_steps(best)]
+    charts = [_scatter(best), *_relative(setting), *_steps(best)]
     if setting.largest_batch:
         charts.append(bar_chart(setting.largest_batch, title="Largest batch that ran"))
     where = f"{machine.machine.device}, {machine.machine.precision}; each technique at its fastest batch."
@@ -113,16 +113,20 @@ def _scatter(best: dict[str, CaseResult]) -> str:
     )
 
 
-def _relative(best: dict[str, CaseResult]) -> list[str]:
+def _relative(setting: Setting) -> list[str]:
+    best = setting.best
     base = best.get(NONE)
     if base is None:
         return []
     speeds = {name: ratio for name, each in best.items() if (ratio := relative_speed(each, base)) is not None}
-    base_memory = memory(base)
     charts = [bar_chart(speeds, title="Speed, none = 1", unit="x", reference=1.0)]
-    if base_memory:
-        used = {name: found[0] / base_memory[0] for name, each in best.items() if (found := memory(each))}
-        charts.append(bar_chart(used, title=f"{base_memory[1].capitalize()}, none = 1", unit="x", reference=1.0))
+    used, what = {}, ""
+    for name, pair in setting.by_memory.items():
+        (own, what), (other, _) = (memory(each) or (0, "") for each in pair)
+        used[name] = own / other
+    if used:
+        title = f"{what.capitalize()}, none = 1{', at the largest batch of both' if setting.at(base) else ''}"
+        charts.append(bar_chart(used, title=title, unit="x", reference=1.0))
     return charts
 
 

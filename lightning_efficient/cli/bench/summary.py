@@ -47,6 +47,24 @@ class Setting:
         return found
 
     @property
+    def by_memory(self) -> dict[str, tuple[CaseResult, CaseResult]]:
+        """Each technique whose memory is known, with none, at the largest batch that both ran."""
+        found: dict[str, tuple[CaseResult, CaseResult]] = {}
+        for result in self.results:
+            base = _base(self, result)
+            if base is None or CONTROL in result.axes or not (memory(result) and memory(base)):
+                continue
+            technique = str(result.axes["technique"])
+            if technique not in found or _batch(result) > _batch(found[technique][0]):
+                found[technique] = result, base
+        return found
+
+    def at(self, result: CaseResult) -> str:
+        """The batch of a result in words, where there are several."""
+        several = len({each.axes.get("micro_batch") for each in self.results}) > 1
+        return f" at batch {_batch(result)}" if several else ""
+
+    @property
     def drift(self) -> float | None:
         """Share by which the base's speed differs between its two runs, the largest over batches; None without two."""
         found = []
@@ -206,10 +224,10 @@ def _verdicts(setting: Setting) -> list[str]:
         fastest = max(best, key=lambda name: rate(best[name]) or (0, ""))
         return [f"Fastest: {fastest}, {_speed(best[fastest])}; 'none' did not run, so nothing is compared with it."]
     return [
-        _fastest(best, base, setting.drift or 0.0),
+        _fastest(setting, base),
         *_failed(setting),
         *_unrest(setting),
-        *_least_memory(best, base),
+        *_least_memory(setting),
         *_dominates(base),
         *_batches(setting),
     ]
@@ -223,30 +241,43 @@ def _failed(setting: Setting) -> list[str]:
     return [f"Not measured, as every case of it ended badly: {', '.join(lost)}."] if lost else []
 
 
-def _fastest(best: Mapping[str, CaseResult], base: CaseResult, drift: float) -> str:
+def _fastest(setting: Setting, base: CaseResult) -> str:
+    best = setting.best
     if len(best) == 1:
-        return f"Only none was measured: {_speed(base)}."
+        return f"Only none was measured: {_speed(base)}{setting.at(base)}."
     name = max(best, key=lambda each: relative_speed(best[each], base) or 0.0)
     ratio = relative_speed(best[name], base)
-    if name == NONE or ratio is None or not is_faster(best[name], base, drift=drift):
+    its = f"{_speed(base)}{setting.at(base)}"
+    if name == NONE or ratio is None or not is_faster(best[name], base, drift=setting.drift or 0.0):
         close = "" if name == NONE or ratio is None else f" ({name} is at {ratio:.2f})"
-        return f"Fastest: none, {_speed(base)}; no technique is faster than it by more than chance{close}."
-    return f"Fastest: {name}, {ratio:.2f} times none ({_bare(best[name])} against {_speed(base)})."
+        return f"Fastest: none, {its}; no technique is faster than it by more than chance{close}."
+    return f"Fastest: {name}, {ratio:.2f} times none ({_bare(best[name])}{setting.at(best[name])} against {its})."
 
 
-def _least_memory(best: Mapping[str, CaseResult], base: CaseResult) -> list[str]:
-    used = {name: found for name, result in best.items() if (found := memory(result))}
-    if NONE not in used or len(best) == 1:
+def _least_memory(setting: Setting) -> list[str]:
+    """Of one batch each: a larger one would hide what a technique saves."""
+    used = {name: _memories(*pair) for name, pair in setting.by_memory.items()}
+    if NONE not in used or len(used) == 1:
         return []
-    name = min(used, key=lambda each: used[each][0])
-    (n_bytes, what), (base_bytes, _) = used[name], used[NONE]
+    name = min(used, key=lambda each: used[each][0] / used[each][1])
+    n_bytes, base_bytes, what = used[name]
     if name == NONE or n_bytes > (1 - LEAST_DIFFERENCE) * base_bytes:
-        return [f"Least memory: none, {quantity(base_bytes, 'B')} of {what}; no technique needs less here."]
-    speed = relative_speed(best[name], base)
-    amounts = f"{quantity(n_bytes, 'B')} against {quantity(base_bytes, 'B')} of {what}"
+        n_bytes, _, what = used[NONE]
+        at = setting.at(setting.by_memory[NONE][0])
+        return [f"Least memory: none, {quantity(n_bytes, 'B')} of {what}{at}; no technique needs less."]
+    result, base = setting.by_memory[name]
+    amounts = f"{quantity(n_bytes, 'B')} against {quantity(base_bytes, 'B')} of {what}{setting.at(result)}"
     return [
-        f"Least memory: {name}, {n_bytes / base_bytes:.2f} of none ({amounts}), at {speed or 0:.2f} times its speed."
+        f"Least memory: {name}, {n_bytes / base_bytes:.2f} of none ({amounts}), at "
+        f"{relative_speed(result, base) or 0:.2f} times its speed."
     ]
+
+
+def _memories(result: CaseResult, base: CaseResult) -> tuple[int, int, str]:
+    own, other = memory(result), memory(base)
+    assert own  # `by_memory` holds cases whose memory is known
+    assert other
+    return own[0], other[0], own[1]
 
 
 def _dominates(base: CaseResult) -> list[str]:
@@ -335,6 +366,10 @@ def _base(setting: Setting, result: CaseResult) -> CaseResult | None:
 def _standard_error(report: DissectReport) -> float:
     step = report.throughput.step_s
     return step.std / step.mean / math.sqrt(step.count) if step.mean else 0.0
+
+
+def _batch(result: CaseResult) -> int:
+    return int(result.axes.get("micro_batch", 0))
 
 
 def _axis(result: CaseResult, axis: str) -> Cell:

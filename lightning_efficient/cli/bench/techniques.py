@@ -63,6 +63,23 @@ TECHNIQUES: Mapping[str, Technique] = {
 }
 
 
+_SHARDED = ("Z2", "Z2O", "Z3", "Z3O")
+_ADAPTERS = ("L", "QL", "LFA")
+
+
+def why_not_together(techniques: Sequence[str]) -> str:
+    """Return why a combination that makes sense does not run yet; empty where it does.
+
+    Args:
+        techniques: letters.
+    """
+    adapter = next((name for name in techniques if name in _ADAPTERS), None)
+    sharded = next((name for name in techniques if name in _SHARDED), None)
+    if adapter and sharded:
+        return f"{adapter} with {sharded} is not supported: adapters come after the sharding, which cannot take them."
+    return ""
+
+
 @dataclass(frozen=True, slots=True)
 class Rules:
     """What cannot run, and where.

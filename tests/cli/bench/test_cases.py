@@ -2,6 +2,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -101,6 +102,12 @@ def test_the_same_combination_in_two_orders_is_one_case() -> None:
         ("Z3", 2, ON_CPU, ""),
         ("Z3O", 2, ON_CPU, "Z3O needs CUDA, and there is no GPU here."),
         ("Z3O", 2, ON_GPUS, ""),
+        (
+            "R+L+Z2",
+            2,
+            ON_GPUS,
+            "L with Z2 is not supported: adapters come after the sharding, which cannot take them.",
+        ),
         ("QL", 1, ON_CPU, "QL needs CUDA, and there is no GPU here."),
         ("QL", 1, ON_GPUS, ""),
         ("F+L", 1, Machine(0, frozenset()), "L needs peft: pip install 'lightning-efficient[peft]'."),
@@ -131,6 +138,17 @@ def test_rules_of_the_file_replace_the_table() -> None:
 def test_cpu_in_the_overrides_means_no_gpus() -> None:
     for words in (["--trainer.accelerator=cpu"], ["--trainer.accelerator", "cpu"]):
         assert Machine.here(sweep({}, overrides=words)).gpus == 0
+
+
+@pytest.mark.parametrize(("accelerator", "gpus"), [("cpu", 0), ("auto", 1)])
+def test_a_recipe_for_the_cpu_means_no_gpus(
+    accelerator: str, gpus: int, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    (workplace / "mine.yaml").write_text(f"trainer: {{accelerator: {accelerator}}}\n")
+    assert Machine.here(sweep({}, recipe="mine.yaml")).gpus == gpus
+    assert Machine.here(sweep({}, recipe="mine.yaml", overrides=["--trainer.accelerator=gpu"])).gpus == 1
 
 
 def test_an_unknown_model_is_refused_with_the_places_searched() -> None:

@@ -85,11 +85,33 @@ def test_batches_are_one_setting_and_the_fastest_counts() -> None:
     (setting,) = settings(results)
     assert {name: each.axes["micro_batch"] for name, each in setting.best.items()} == {"none": 2, "R": 4}
     assert setting.largest_batch == {"none": 2, "R": 4}
-    assert said(results)[0] == "Fastest: R, 1.22 times none (1 100 against 900 tokens/s)."
+    assert said(results)[0] == ("Fastest: R, 1.22 times none (1 100 at batch 4 against 900 tokens/s at batch 2).")
     assert "Largest batch: 4 with R, 2 with none." in said(results)
     # In the table a cell is compared with none at its own batch, or with nothing.
     ratios = [row[4] for row in macro_table(results).rows]
     assert ratios == [1.0, 1.0, None, 0.8, pytest.approx(7 / 9), None]
+
+
+def test_memory_is_compared_at_one_batch_even_if_a_technique_is_fastest_at_a_larger_one() -> None:
+    results = [
+        case("none", batch=1, tokens_per_s=500.0, saved=20 * MIB),
+        case("none", batch=2, tokens_per_s=900.0, saved=40 * MIB),
+        case("none", batch=4, status="oom", reason="no"),
+        case("R", batch=1, tokens_per_s=400.0, saved=10 * MIB),
+        case("R", batch=2, tokens_per_s=720.0, saved=16 * MIB),
+        case("R", batch=4, tokens_per_s=1100.0, saved=60 * MIB),
+        case("F", batch=4, tokens_per_s=1000.0, saved=1 * MIB),  # none never ran there
+    ]
+    (setting,) = settings(results)
+    pairs = {name: [each.axes["micro_batch"] for each in pair] for name, pair in setting.by_memory.items()}
+    assert pairs == {"none": [2, 2], "R": [2, 2]}
+    state = 4  # MiB of parameters, gradients and optimizer
+    ratio = (16 + state) / (40 + state)
+    assert said(results)[1] == (
+        f"Least memory: R, {ratio:.2f} of none (20 MiB against 44 MiB of training state at batch 2), at 0.80 times its "
+        "speed."
+    )
+    assert "at the largest batch of both" in html_report(results, "memory")
 
 
 def test_several_settings_have_their_own_verdicts_and_a_mean() -> None:
