@@ -129,3 +129,13 @@ def _hooks_after_a_move(rank: int, world_size: int) -> tuple[list[str], list[str
     _compat.revive_gradient_hooks(module.weight)
     module.weight.to_local().sum().backward()
     return before, fired[len(before) :]
+
+
+def test_transforms_of_functorch_can_be_stepped_aside_for() -> None:
+    order: list[str] = []
+    x = torch.ones(2)
+    with _compat.around_functorch(lambda: order.append("leave"), lambda: order.append("enter")):
+        torch.func.grad(lambda y: torch.func.grad(lambda z: (z**3).sum())(y).sum())(x)
+        assert order == ["leave", "enter"]
+    torch.func.grad(torch.sum)(x)
+    assert order == ["leave", "enter"]
