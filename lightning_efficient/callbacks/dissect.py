@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,18 +13,15 @@ from lightning.pytorch.profilers import PyTorchProfiler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
-from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_efficient._compat import starts_processes_by_fork_or_spawn
 from lightning_efficient.callbacks.dissect_parts import Clean, Counted, Dissected, MeasurementParts, Part
 from lightning_efficient.callbacks.dissect_report import build_report, measured_values, write_report
+from lightning_efficient.callbacks.dissect_steps import StepCounter, require_steps
 from lightning_efficient.dissect import Counts, DissectReport, Window, count_batch
 from lightning_efficient.dissect.report.dissection import render_text
 
-# In which no optimizer took a step: then none will.
-_MOST_BATCHES = 1000
 CountTokens = Callable[[Any], "int | Tensor"]
 
 
@@ -92,7 +88,7 @@ class Dissect(Callback):
         self.report: DissectReport | None = None
         self._ahead: list[Part] = []
         self._in_step = False
-        self._hooks: list[RemovableHandle] = []
+        self._steps: StepCounter
 
     @property
     def stats(self) -> dict[str, float]:
@@ -112,7 +108,7 @@ class Dissect(Callback):
         if getattr(trainer, "fast_dev_run", False):
             rank_zero_info("Dissect measures nothing in a fast_dev_run.")
             return
-        self._require_steps(trainer)
+        require_steps(trainer, self.steps_needed, self._needs())
         self._require_no_other_profile(trainer)
         if starts_processes_by_fork_or_spawn(trainer):
             rank_zero_warn(
@@ -127,18 +123,16 @@ class Dissect(Callback):
         )
         self._ahead = list(self._parts)
         self._in_step = False
-        self._step: tuple[int, int] | None = None
         self._loss: Tensor | None = None
-        self._watch_optimizers(trainer)
+        self._steps = StepCounter(trainer)
         self._ahead[0].enter()
 
     @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self._ahead and self._step != self._steps_so_far(trainer):
-            self._step = self._steps_so_far(trainer)
-            self._batches = 0
+        if self._ahead and self._steps.ended:
+            self._steps.go_on()
             if self._in_step:
                 self._ahead[0].end_step()
             self._in_step = self._go_on(trainer, pl_module)
@@ -146,7 +140,11 @@ class Dissect(Callback):
                 self._ahead[0].begin_step()
         if self._in_step:
             self._ahead[0].begin_batch(batch)
-            self._require_progress(trainer)
+            self._steps.start_batch()
+            if self._steps.stuck:
+                rank_zero_warn(f"Dissect gives up: {self._steps.stuck}")
+                self._stop()
+                trainer.should_stop |= self.stop_after
 
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
@@ -169,13 +167,13 @@ class Dissect(Callback):
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._interrupt(trainer)
+        self._interrupt()
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self._ahead:
             return
-        self._interrupt(trainer)
+        self._interrupt()
         self._go_on(trainer, pl_module)
         if not self._ahead:
             return
@@ -208,14 +206,14 @@ class Dissect(Callback):
             if self._ahead:
                 self._ahead[0].enter()
             else:
-                self._stop()
+                self._steps.remove()
                 self._finish(trainer, pl_module)
         return bool(self._ahead)
 
-    def _interrupt(self, trainer: pl.Trainer) -> None:
+    def _interrupt(self) -> None:
         if self._in_step:
             self._in_step = False
-            self._ahead[0].interrupt(complete=self._step != self._steps_so_far(trainer))
+            self._ahead[0].interrupt(complete=self._steps.ended)
 
     def _finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put the report together on all ranks at the same step; rank 0 prints and writes it."""
@@ -232,54 +230,17 @@ class Dissect(Callback):
             trainer.should_stop = True
 
     def _stop(self) -> None:
+        if self._ahead:
+            self._steps.remove()
         for part in self._ahead:
             part.leave()
         self._ahead, self._in_step = [], False
-        while self._hooks:
-            self._hooks.pop().remove()
-
-    def _watch_optimizers(self, trainer: pl.Trainer) -> None:
-        """Count steps where the module takes them itself: of torch's own optimizers the Trainer would not know."""
-        self._taken = self._batches = 0
-        if trainer.lightning_module.automatic_optimization:
-            return
-
-        def taken(*step: Any) -> None:
-            self._taken += 1
-
-        watched = [each for each in trainer.optimizers if isinstance(each, Optimizer)]
-        self._hooks = [each.register_step_post_hook(taken) for each in watched]
-
-    def _steps_so_far(self, trainer: pl.Trainer) -> tuple[int, int]:
-        return trainer.global_step, self._taken
-
-    def _require_progress(self, trainer: pl.Trainer) -> None:
-        self._batches += 1
-        if self._batches > _MOST_BATCHES and not trainer.lightning_module.automatic_optimization:
-            rank_zero_warn(
-                f"Dissect gives up: in {_MOST_BATCHES} batches of {type(trainer.lightning_module).__name__}, which "
-                "optimizes by itself, no optimizer of configure_optimizers took a step. Return those that do."
-            )
-            self._stop()
-            trainer.should_stop |= self.stop_after
 
     def _require_no_other_profile(self, trainer: pl.Trainer) -> None:
         if self.window.dissect and isinstance(getattr(trainer, "profiler", None), PyTorchProfiler):
             raise MisconfigurationException(
                 f"The Trainer's {type(trainer.profiler).__name__} and Dissect both record with torch.profiler, which "  # type: ignore[attr-defined]
                 "keeps one record at a time. Leave out the Trainer's profiler, or give Dissect(dissect=0)."
-            )
-
-    def _require_steps(self, trainer: pl.Trainer) -> None:
-        total = trainer.estimated_stepping_batches
-        # A module that optimizes by itself may step several times a batch: its steps are batches.
-        by_itself = not trainer.lightning_module.automatic_optimization
-        steps = total - (trainer.fit_loop.total_batch_idx + 1 if by_itself else trainer.global_step)
-        # Lightning says -1 for data of unknown length.
-        if total >= 0 and math.isfinite(steps) and steps < self.steps_needed:
-            raise MisconfigurationException(
-                f"The fit has {steps:.0f} optimizer steps, and Dissect needs {self.steps_needed} ({self._needs()}): it "
-                "could not finish. Train longer (max_steps, max_epochs, limit_train_batches), or ask for fewer."
             )
 
     def _needs(self) -> str:

@@ -15,7 +15,7 @@ from torch.optim import SGD, Optimizer
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from lightning_efficient.callbacks import Dissect, dissect
+from lightning_efficient.callbacks import Dissect, dissect, dissect_steps
 from lightning_efficient.dissect import DissectReport, Recorder, read_json
 from lightning_efficient.dissect import memory as peak_memory
 from tests.callbacks.dissect_toys import ROWS, SHORT, SIZE, Batches, Rivals, Toy, Validated, batches, dissected, fit
@@ -59,7 +59,7 @@ def test_steps_of_torchs_own_optimizers_are_counted(tmp_path: Path) -> None:
 def test_a_loop_without_steps_is_given_up_and_the_fit_ends_if_that_was_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dissect, "_MOST_BATCHES", 30)
+    monkeypatch.setattr(dissect_steps, "_MOST_BATCHES", 30)
     callback = Dissect(**SHORT, out=str(tmp_path), stop_after=True)
     with pytest.warns(UserWarning, match="in 30 batches of Idle, which optimizes by itself, no optimizer"):
         trainer = fit(Idle(), callback, Batches(1000), max_epochs=-1)
