@@ -88,7 +88,6 @@ class Dissect(Callback):
         self.report: DissectReport | None = None
         self._ahead: list[Part] = []
         self._in_step = False
-        self._steps: StepCounter
 
     @property
     def stats(self) -> dict[str, float]:
