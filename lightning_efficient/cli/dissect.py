@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lightning_efficient.callbacks import Dissect
 from lightning_efficient.cli.errors import CommandParser, UserError
+from lightning_efficient.cli.files import require_file, require_folder
 from lightning_efficient.cli.recipes import require_recipe
 from lightning_efficient.cli.short_run import ShortRunCLI
 from lightning_efficient.dissect import DissectReport, Window, write_json
@@ -38,6 +39,9 @@ def main(argv: Sequence[str]) -> int:
     """
     options, recipe_args = _parser().parse_known_args(list(argv))
     require_recipe(recipe_args, "a model and its data are needed to measure them")
+    require_folder(Path(options.out), "--out")
+    if options.json:
+        require_file(options.json, "--json")
     dissect_recipe(recipe_args, _callback(options), json=options.json)
     return 0
 

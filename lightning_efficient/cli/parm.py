@@ -17,7 +17,7 @@ from rich.console import Console
 
 from lightning_efficient.cli.errors import CommandParser, UserError
 from lightning_efficient.cli.ranks import run_on_ranks, settle_backend, settle_ranks
-from lightning_efficient.moe import MoELayer, MoESizes, MoETopology, parallelize
+from lightning_efficient.moe import Capacity, MoELayer, MoESizes, MoETopology, parallelize
 from lightning_efficient.moe.planning import (
     AutoSchedule,
     Choice,
@@ -153,14 +153,17 @@ def _check(options: argparse.Namespace) -> None:
             raise UserError(f"--{name} {value}: it is a number from {least} up. Give {least} or more.")
     if options.timeout <= 0:
         raise UserError(f"--timeout {options.timeout:g}: it is a time in seconds. Give a number above 0.")
+    options.backend = settle_backend(options.backend, options.devices)
     try:
+        if options.expert_parallel_size is None:  # as in ParmStrategy
+            options.expert_parallel_size = max(1, options.devices // max(1, options.expert_sharding_size))
         sizes = MoESizes(options.model_parallel_size, options.expert_parallel_size, options.expert_sharding_size)
         sizes.check_world(options.devices)
         sizes.check_experts(options.num_experts, options.hidden)
+        Capacity(options.capacity_factor, minimum=options.min_capacity)
         LayerShape(options.tokens, options.dim, options.hidden, options.num_experts, options.top_k)
     except ValueError as error:
         raise UserError(str(error)) from error
-    options.backend = settle_backend(options.backend, options.devices)
 
 
 def _capacity(text: str) -> float | None:
@@ -178,6 +181,15 @@ def _capacity(text: str) -> float | None:
     return value
 
 
+def _ranks(text: str) -> int | None:
+    if text == "auto":
+        return None
+    try:
+        return int(text)
+    except ValueError as error:
+        raise UserError(f"--expert_parallel_size {text}: it is a number of ranks, or auto for all of them.") from error
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = CommandParser(prog="lightning-efficient parm", description="Tools for mixture-of-experts training.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="plan")
@@ -192,9 +204,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     groups = plan.add_argument_group("groups, as in ParmStrategy")
     groups.add_argument("--devices", type=int, metavar="N", help="processes to start here (default: 2)")
-    groups.add_argument("--model_parallel_size", type=int, default=1, metavar="N", help="ranks with the same tokens")
-    groups.add_argument("--expert_parallel_size", type=int, default=1, metavar="N", help="ranks that share the experts")
-    groups.add_argument("--expert_sharding_size", type=int, default=1, metavar="N", help="ranks that share an expert")
+    for name, kind, default, text in (
+        ("model_parallel_size", int, 1, "ranks with the same tokens (default: 1)"),
+        ("expert_parallel_size", _ranks, None, "ranks that share the experts (default: auto, all of them)"),
+        ("expert_sharding_size", int, 1, "ranks that share an expert (default: 1)"),
+    ):
+        groups.add_argument(f"--{name}", type=kind, default=default, metavar="N", help=text)
     layer = plan.add_argument_group("layer, as in MoELayer")
     layer.add_argument("--tokens", type=int, default=1024, metavar="N", help="of a rank in a step (default: 1024)")
     layer.add_argument("--dim", type=int, default=512, metavar="N", help="size of a token (default: 512)")

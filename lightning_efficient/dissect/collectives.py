@@ -140,11 +140,13 @@ def sweep(
             points += clock.measure(op, sizes, budget_s=budget_s / len(ops), progress=progress)
         except NotImplementedError as error:
             unsupported[op] = str(error)
+    by_op = {op: [each for each in points if each.op == op] for op in ops}
     return CommReport(
         backend=dist.get_backend(group),
         world_size=world_size,
         points=tuple(points),
-        fits={op: fit(own) for op in ops if len(own := [each for each in points if each.op == op]) > 1},
+        # Sizes are rounded to whole messages: two may have become one.
+        fits={op: fit(own) for op, own in by_op.items() if len({each.n_bytes for each in own}) > 1},
         unsupported=unsupported,
     )
 

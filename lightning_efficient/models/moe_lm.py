@@ -156,7 +156,7 @@ class MoELlamaLM(InTreeLM):
         """Move the selection biases, where there are some and the strategy does not."""
         super().on_before_optimizer_step(optimizer)
         if parm_strategy(self) is None:
-            balance_loads(self)
+            balance_loads(self, optimizer)
 
     @override
     def configure_model(self) -> None:
@@ -167,8 +167,12 @@ class MoELlamaLM(InTreeLM):
             ValueError: it holds another model, or adapters alone; or heads or experts do not divide among the ranks.
         """
         strategy = parm_strategy(self)
-        if strategy is None or self._to_load is not None or not self.model.lm_head.weight.is_meta:
+        if strategy is None:
             return super().configure_model()
+        if self._to_load is not None or not self.model.lm_head.weight.is_meta:
+            super().configure_model()
+            strategy.parallelize_moe(self)  # now: callbacks that copy the model copy what trains
+            return None
         # Spread before they have memory: no rank ever holds more than its own experts.
         strategy.parallelize_moe(self)
         with random_state_of_first(strategy.topology.world):

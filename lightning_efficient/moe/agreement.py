@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -73,6 +73,15 @@ def _checksum(tensor: Tensor) -> Tensor:
     wide = torch.complex128 if flat.is_complex() else torch.float64
     sums = torch.stack((flat.sum(dtype=wide), flat[::3].sum(dtype=wide)))
     return torch.view_as_real(sums).flatten() if sums.is_complex() else torch.cat((sums, torch.zeros_like(sums)))
+
+
+def every_rank_has(number: int, group: Group) -> list[int]:
+    """Return what each rank of a group has, on all of them together."""
+    if group.size == 1:
+        return [number]
+    numbers: list[Any] = [None] * group.size
+    dist.all_gather_object(numbers, number, group=group.process_group)
+    return numbers
 
 
 def from_first(value: T, group: Group) -> T:

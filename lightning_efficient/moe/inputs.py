@@ -40,8 +40,10 @@ class InputCheck:
             self._check_values(x_SM)
 
     def _check_values(self, x_SM: Tensor) -> None:
-        wide = x_SM.detach().to(torch.promote_types(x_SM.dtype, torch.float32))
-        sums_M = torch.cat((wide.sum(0), (wide * torch.arange(len(wide), device=wide.device)[:, None]).sum(0)))
+        given = x_SM.detach().to(torch.promote_types(x_SM.dtype, torch.float32))
+        wide = given.where(given.isfinite(), 0.0)  # NaN equals nothing, and inf hides what else there is
+        order = torch.arange(len(wide), device=wide.device)[:, None]
+        sums_M = torch.cat((wide.sum(0), (wide * order).sum(0), (~given.isfinite() * (order + 1)).sum(0)))
         most, least = self._extremes(sums_M, self.topology.mp)
         apart = (most - least).abs().max()
         # One answer for all ranks: a group that agrees must not go on alone.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, Protocol
@@ -10,8 +11,10 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_efficient._compat import graph_task_id
 from lightning_efficient.moe.experts import Activation, Experts
 from lightning_efficient.moe.inputs import InputCheck
 from lightning_efficient.moe.pipeline import LayerStats, run_schedule
@@ -119,6 +122,7 @@ class MoELayer(nn.Module):
         self.z_loss_coef = z_loss_coef
         self.aux_loss: Tensor | None = None
         self.stats: LayerStats | None = None
+        self._spent, self._forwards = False, 0
         self.topology = MoETopology()
         self.scheduler: Scheduler = FixedSchedule(SCHEDULES["s1"])
         self.check: InputCheck | None = None
@@ -148,19 +152,38 @@ class MoELayer(nn.Module):
             self.check(x_SM)
         y_SM, stats = self.run(x_SM, self.scheduler.schedule_for(self, x_SM))
         balance, z = self.router.losses(stats.load, stats.tokens)
-        self.aux_loss = self.aux_loss_coef * balance + self.z_loss_coef * z
-        # Without the graph, which would keep what a checkpoint computed again until the next forward.
-        self.stats = replace(stats, load=stats.load.detach())
-        if self.training and self.router.balance is not None:
-            self.router.balance.count(self.router.counts(self.stats.load))
+        aux_loss = self.aux_loss_coef * balance + self.z_loss_coef * z
+        # What a checkpoint computes again has been told before, and its graph would be kept by whoever held the loss.
+        if graph_task_id() == -1:
+            self._note(aux_loss, replace(stats, load=stats.load.detach()))
         return y_SM.view(x.shape)
+
+    def _note(self, aux_loss: Tensor, stats: LayerStats) -> None:
+        self.aux_loss, self.stats, self._spent = aux_loss, stats, False
+        self._forwards += 1
+        if aux_loss.requires_grad:
+            # By number and weakly: a hook that held the loss or the layer would keep both.
+            spend, number = weakref.WeakMethod(self._spend), self._forwards
+            aux_loss.register_hook(lambda _: call(number) if (call := spend()) is not None else None)
+        if self.training and self.router.balance is not None and self.router.weight.requires_grad:
+            self.router.balance.count(self.router.counts(stats.load))
+
+    def _spend(self, number: int) -> None:
+        """Backward has used the loss of a forward: its graph is gone."""
+        if self._forwards == number and self.aux_loss is not None:
+            self.aux_loss, self._spent = self.aux_loss.detach(), True
+
+    @property
+    def spent(self) -> bool:
+        """Whether backward has used the auxiliary loss, and the layer has not run since."""
+        return self._spent
 
     @property
     def lost_gradient(self) -> bool:
         """Whether the auxiliary loss should train the router, and cannot: the forward ran without gradients."""
         wanted = self.training and self.router.weight.requires_grad and bool(self.aux_loss_coef or self.z_loss_coef)
         has_none = self.aux_loss is not None and not self.aux_loss.requires_grad
-        return wanted and has_none and torch.is_grad_enabled()
+        return wanted and has_none and not self._spent and torch.is_grad_enabled()
 
     def run(self, x_SM: Tensor, schedule: Schedule) -> tuple[Tensor, LayerStats]:
         """Run the layer by a schedule, and keep nothing.
@@ -195,48 +218,70 @@ def moe_layers(module: nn.Module) -> Iterator[tuple[str, MoELayer]]:
 def aux_loss(module: nn.Module) -> Tensor:
     """Return the sum of the auxiliary losses that the module's MoE layers had in their last forward.
 
+    Where some layers ran since the last backward and others did not, as with layers that are dropped at random, those
+    of the others are left out.
+
     Args:
         module: with MoE layers.
 
     Raises:
         ValueError: it has none, or one has not run.
     """
-    losses = []
-    for name, layer in moe_layers(module):
-        if layer.aux_loss is None:
-            raise ValueError(f"The MoE layer {name!r} has not run yet: it has no auxiliary loss. Call the model first.")
-        losses.append(layer.aux_loss)
+    layers = dict(moe_layers(module))
+    if not layers:
+        raise ValueError(
+            f"{type(module).__name__} has no MoE layer, and so no auxiliary loss. Remove the call, or add a MoELayer."
+        )
+    if not any(layer.aux_loss is not None for layer in layers.values()):
+        raise ValueError(
+            f"No MoE layer of {type(module).__name__} has run yet: there is no auxiliary loss. Call the model first."
+        )
+    ran = {name: layer for name, layer in layers.items() if layer.aux_loss is not None}
+    fresh = {name: layer for name, layer in ran.items() if not layer.spent} or ran
+    for name, layer in fresh.items():
         if layer.lost_gradient:
             warnings.warn(
                 f"The auxiliary loss of the MoE layer {name!r} has no gradient, and evens no loads: its forward ran "
                 "without gradients. Activation checkpointing must be the kind with use_reentrant=False.",
                 stacklevel=2,
             )
-    if not losses:
-        raise ValueError(
-            f"{type(module).__name__} has no MoE layer, and so no auxiliary loss. Remove the call, or add a MoELayer."
-        )
+    losses = [layer.aux_loss for layer in fresh.values() if layer.aux_loss is not None]
     return torch.stack(losses).sum()
 
 
-def balance_loads(module: nn.Module) -> None:
+def balance_loads(module: nn.Module, optimizer: Optimizer | None = None) -> None:
     """Move the selection biases of a module's MoE layers; all ranks call it together, after each optimizer step.
 
-    It sums the counts of all layers over the data-parallel ranks, in one all-reduce. Layers with ``balance_rate=0``
-    have no bias: where none has one, nothing is done.
+    It sums the counts of all layers over the data-parallel ranks, in one all-reduce; where layers were not spread, over
+    all ranks that there are. Layers with ``balance_rate=0`` have no bias, and those of frozen routers stay: where none
+    is left, nothing is done.
 
     Args:
         module: with MoE layers.
+        optimizer: that took the step: only layers whose routers it trains are moved. The others may be between a
+            forward and a checkpoint's second one. Default: all layers.
     """
-    layers = [layer for _, layer in moe_layers(module)]
+    stepped = None if optimizer is None else {each for group in optimizer.param_groups for each in group["params"]}
+    layers = [
+        layer
+        for _, layer in moe_layers(module)
+        if layer.router.weight.requires_grad and (stepped is None or layer.router.weight in stepped)
+    ]
     balances = [layer.router.balance for layer in layers if layer.router.balance is not None]
     if not balances:
         return
     counts = [each.take_counts() for each in balances]
-    dp = layers[0].topology.dp
-    if dp.size > 1:
+    alone, group = _counted_together(layers[0].topology)
+    if not alone:
         flat = torch.cat(counts)
-        dist.all_reduce(flat, group=dp.process_group)
+        dist.all_reduce(flat, group=group)
         counts = list(flat.split([len(each) for each in counts]))
     for each, counts_E in zip(balances, counts, strict=True):
         each.move(counts_E)
+
+
+def _counted_together(topology: MoETopology) -> tuple[bool, dist.ProcessGroup | None]:
+    """Whether a rank counts alone, and with whom otherwise: under DDP and FSDP2 layers know nothing of other ranks."""
+    if topology.world_size > 1:
+        return topology.dp.size == 1, topology.dp.process_group
+    return not dist.is_initialized() or dist.get_world_size() == 1, None

@@ -12,6 +12,8 @@ from torch import Tensor
 from lightning_efficient.moe import FixedSchedule, MoELayer, MoETopology, Schedule, schedule_named
 from lightning_efficient.moe.planning import AutoSchedule, LayerShape, Plan, choice_table, explain
 
+_MOST_TOLD = 16
+
 
 def fixed_schedule(schedule: str, chunks: int | Literal["auto"]) -> Schedule | None:
     """Return the only schedule that the settings allow; None where there is a choice.
@@ -51,12 +53,13 @@ class Schedules:
     def schedule_for(self, layer: MoELayer, x_SM: Tensor) -> Schedule:
         """Return the schedule for these tokens."""
         schedule = self.scheduler.schedule_for(layer, x_SM)
-        self.used[LayerShape.of(layer, x_SM)] = schedule
+        if x_SM.shape[0]:
+            self.used[LayerShape.of(layer, x_SM)] = schedule
         return schedule
 
     def untold(self) -> dict[LayerShape, Schedule]:
-        """Return what was used since this was asked last."""
-        new = dict(list(self.used.items())[self._told :])
+        """Return what was used since this was asked last; where batches have many lengths, the first of them."""
+        new = dict(list(self.used.items())[self._told : _MOST_TOLD])
         self._told = len(self.used)
         return new
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sized
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import timedelta
@@ -36,7 +36,12 @@ from lightning_efficient.moe import (
     moe_layers,
     parallelize,
 )
-from lightning_efficient.moe.agreement import broadcast_weights, random_state_of_first, share_random_state
+from lightning_efficient.moe.agreement import (
+    broadcast_weights,
+    every_rank_has,
+    random_state_of_first,
+    share_random_state,
+)
 from lightning_efficient.moe.parameter_groups import kind_of
 from lightning_efficient.moe.planning import LayerShape
 from lightning_efficient.strategies._parm_schedules import Schedules, fixed_schedule, make_scheduler
@@ -81,8 +86,10 @@ class ParmStrategy(ModelParallelStrategy):
         profile_cache: a JSON file to keep measurements in between runs.
         trials: runs of each shape of layer by schedules that may be the fastest, at most; 0: a model of the links
             decides alone.
-        check_counts: compare the numbers of tokens of all ranks in each forward; where they differ, all ranks raise.
-        verify_inputs: compare the tokens of each MP group at every layer, too: slow, for debugging.
+        check_counts: compare the numbers of tokens of all ranks at the first MoE layer in each forward; where they
+            differ, all ranks raise. Where other layers see other tokens, as in an encoder and a decoder, they are not
+            compared there.
+        verify_inputs: compare numbers and tokens of each MP group at every layer: slow, for debugging.
         bucket_mb: size of the buckets in which gradients are summed.
         save_distributed_checkpoint: write a folder with one file per rank, instead of a single file.
         process_group_backend: ``None``: nccl on GPUs, gloo on CPUs.
@@ -231,6 +238,11 @@ class ParmStrategy(ModelParallelStrategy):
     @override
     def setup_precision_plugin(self) -> None:
         super().setup_precision_plugin()
+        if getattr(self.precision_plugin, "scaler", None) is not None:
+            raise ValueError(
+                f"precision={self.precision_plugin.precision!r} scales losses, and torch's scaler takes no experts, "
+                "which are DTensors, beside other parameters. Set precision to bf16-mixed, bf16-true or 32-true."
+            )
         # Torch's functions take no DTensors and plain tensors together.
         self.precision_plugin.clip_grad_by_norm = self._clip_by_norm  # type: ignore[method-assign]
         self.precision_plugin.clip_grad_by_value = self._clip_by_value  # type: ignore[method-assign]
@@ -241,7 +253,21 @@ class ParmStrategy(ModelParallelStrategy):
         if int(os.environ.get("PL_SEED_WORKERS", 0)) and getattr(dataloader, "worker_init_fn", self) is None:
             rank = self.distributed_sampler_kwargs["rank"]
             dataloader.worker_init_fn = partial(pl_worker_init_function, rank=rank)  # type: ignore[attr-defined]
+        if self._module.trainer.predicting:
+            self._require_equal_shares(dataloader)
         return super().process_dataloader(dataloader)
+
+    def _require_equal_shares(self, dataloader: object) -> None:
+        """Lightning repeats no sample in predict: ranks that get fewer would leave the others waiting."""
+        sampler = getattr(getattr(dataloader, "batch_sampler", None), "sampler", getattr(dataloader, "sampler", None))
+        own = len(sampler) if isinstance(sampler, Sized) else 0
+        counts = every_rank_has(own, self.topology.world)
+        if min(counts) != max(counts):
+            raise ValueError(
+                f"predict gives {min(counts)} samples to one rank and {max(counts)} to another: experts are shared, so "
+                "all ranks must bring equally many. Predict a number of samples that the "
+                f"{self.topology.dp.size} data-parallel ranks divide, or on one device."
+            )
 
     # ---- steps -----------------------------------------------------------------------------------------------------
 
@@ -282,7 +308,7 @@ class ParmStrategy(ModelParallelStrategy):
     @override
     def optimizer_step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
         result = super().optimizer_step(optimizer, *args, **kwargs)
-        balance_loads(self._module)
+        balance_loads(self._module, optimizer)
         return result
 
     @contextmanager

@@ -122,3 +122,11 @@ def test_an_unknown_collective_names_those_there_are(capsys: pytest.CaptureFixtu
         main(["--ops", "allreduce"])
     assert stopped.value.code == 2
     assert "'allreduce' is not one of all_reduce" in capsys.readouterr().err
+
+
+@pytest.mark.distributed
+def test_sizes_that_round_to_one_message_have_times_and_no_line(tmp_path: Path) -> None:
+    assert main(["--sizes", "1B,8B", "--ops", "all_reduce", "--repeats", "2", "--json", str(tmp_path / "it.json")]) == 0
+    report = read_json(CommReport, tmp_path / "it.json")
+    assert len({each.n_bytes for each in report.points}) == 1
+    assert report.fits == {}

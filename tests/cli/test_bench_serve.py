@@ -100,6 +100,23 @@ def test_adapters_of_a_recipe_are_not_served_silently(result) -> None:
     assert any("LoRAFA was not run" in note for note in found.reports[0].notes)
 
 
+def test_adapters_of_peft_are_not_served_silently(result) -> None:
+    pytest.importorskip("peft")
+    recipes = ["-c", "bench/llama", "-c", "bench/models/tiny", "-c", "bench/techniques/L"]
+    found = result(*recipes, *LOAD, "--batching", "static")
+    assert any("PEFTAdapter was not run" in note for note in found.reports[0].notes)
+
+
+def test_a_place_that_cannot_be_written_is_found_before_the_load(tmp_path: Path) -> None:
+    (tmp_path / "taken").touch()
+    for words, message in (
+        (["--out", str(tmp_path / "taken")], "the folder cannot be made"),
+        (["--json", str(tmp_path)], "that is a folder"),
+    ):
+        with pytest.raises(UserError, match=message):
+            main(["-c", "there is none", *words])
+
+
 def test_what_is_not_finished_in_time_is_said_and_ends_with_1(result, capsys) -> None:
     load = ["--requests", "3", "--prompt-tokens", "4", "--new-tokens", "2", "--arrivals", "poisson", "--rate", "0.001"]
     found = result("-c", "llama/pretrain", *TINY, *load, "--timeout", "0.3", "--batching", "static", expected=1)
@@ -122,6 +139,7 @@ def test_what_is_not_finished_in_time_is_said_and_ends_with_1(result, capsys) ->
         (["-c", "x", "--arrivals", "poisson", "--rate", "-1"], "--rate -1: it must be above 0"),
         (["-c", "x", "--arrivals", "closed", "--clients", "0"], "--clients 0: it must be above 0"),
         (["-c", "x", "--new-tokens", "9-2"], "--new-tokens 9-2"),
+        (["-c", "x", "--device", "meta"], "--device meta: no model runs there"),
         (["-c", "x", "--device", "gpu9"], "--device gpu9: torch knows no such device"),
         (["-c", "x", "--device", "cuda:77"], r"--device cuda:77: there are \d+ CUDA devices"),
         (["-c", "llama/pretrain", *TINY, "--new-tokens", "40", "--prompt-tokens", "30"], r"30 \+ 40 = 70 tokens"),
@@ -167,3 +185,15 @@ def test_the_headline_says_which_is_faster_only_beyond_noise() -> None:
     assert "Continuous batching gives 2.00 times" in faster
     assert "the median latency is 2\u00a0s instead of 4\u00a0s" in faster
     assert "the same output tokens/s within 5 %" in headline([report("static", 2.05), report("continuous", 2.0)])[0]
+
+
+def test_a_run_that_was_cut_off_is_compared_with_nothing() -> None:
+    def report(batching: str, *, finished: int) -> ServingReport:
+        done = RequestTimes(0.0, 1.0, (1.0, 2.0), n_prompt=3, n_out=2)
+        times = tuple(done if number < finished else None for number in range(4))
+        return ServingRun(batching, "burst of 4", 1, times, ((1, 2),) * 4, 1, (1,), 0).report()
+
+    said = headline([report("static", finished=2), report("continuous", finished=4)])
+    assert not any("times the output" in each or "instead of" in each for each in said)
+    assert said[0].startswith("Continuous batching gives")
+    assert "2 of 4 requests were not finished in time" in said[1]

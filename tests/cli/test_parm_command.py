@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lightning_efficient.cli import parm
 from lightning_efficient.cli.errors import UserError
 from lightning_efficient.cli.main import main as command_line
 from lightning_efficient.cli.parm import main
@@ -30,8 +31,10 @@ def run(*command: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
 def test_it_measures_and_writes_what_it_prints(tmp_path: Path) -> None:
     done = run("-m", "lightning_efficient", "parm", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    # Two processes, each size 1: nothing is sent, and the layer runs by the simplest.
-    assert "s1 for 64 tokens: nothing else does anything different" in done.stdout
+    # Two processes, over which the experts are spread, as ParmStrategy would.
+    assert "for 64 tokens: " in done.stdout
+    assert "all-to-all" in done.stdout
+    assert "expert_parallel_size: 2" in done.stdout
 
 
 @pytest.mark.distributed
@@ -69,6 +72,8 @@ def test_it_joins_what_torchrun_started(tmp_path: Path) -> None:
         (["--expert_sharding_size", "2", "--hidden", "7"], "hidden size 7, not divisible"),
         (["--model_parallel_size", "0"], "model_parallel_size is 0"),
         (["--tokens", "0"], "tokens is 0"),
+        (["--min_capacity", "0"], "min_capacity is 0"),
+        (["--expert_parallel_size", "some"], "--expert_parallel_size some: it is a number of ranks, or auto"),
         (["--top_k", "9"], "top_k is 9 of 8 experts"),
         (["--capacity_factor", "-1"], "--capacity_factor -1"),
         (["--capacity_factor", "much"], "--capacity_factor much"),
@@ -98,3 +103,12 @@ def test_help_says_what_it_needs(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--expert_sharding_size" in said
     assert "torchrun" in said
     assert "sequences in its micro-batch times their length" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "size"), [([], 4), (["--expert_parallel_size", "auto"], 4), (["--expert_sharding_size", "2"], 2)]
+)
+def test_experts_are_spread_over_all_ranks_as_the_strategy_does(words: list[str], size: int) -> None:
+    options = parm._parser().parse_args(["plan", "--devices", "4", *words])
+    parm._check(options)
+    assert options.expert_parallel_size == size

@@ -314,3 +314,26 @@ def test_a_recurrent_cache_is_refused() -> None:
     decoder = HFDecoder(transformers.MambaForCausalLM(config), 2, max_len=8)
     with pytest.raises(ValueError, match="full attention"):
         decoder.prefill([0], [[1, 2]])
+
+
+@pytest.mark.parametrize(("name", "works"), [("OPT", True), ("Bart", False)])
+def test_a_model_that_counts_positions_from_the_padding_is_refused(name: str, works: bool) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"vocab_size": 61, "max_position_embeddings": 48, "pad_token_id": 1}
+    if name == "OPT":
+        sizes |= {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+        sizes["word_embed_proj_dim"] = 32
+    else:
+        sizes |= {"d_model": 32, "decoder_ffn_dim": 48, "decoder_layers": 2, "decoder_attention_heads": 4}
+    config = getattr(transformers, f"{name}Config")(**sizes)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(5)
+    decoder = HFDecoder(model, 2)
+    if works:
+        decoder.prefill([0, 1], [[2, 3, 4], [5]])
+    else:
+        with pytest.raises(ValueError, match="counts positions from the padding"):
+            decoder.prefill([0, 1], [[2, 3, 4], [5]])

@@ -20,6 +20,7 @@ from lightning_efficient.moe import (
     schedule_named,
 )
 from lightning_efficient.moe.hf import unswap_state_dict
+from lightning_efficient.strategies import FullyShardedStrategy
 from tests.support.ranks import run_ranks
 from tests.support.trainers import make_trainer
 
@@ -86,6 +87,18 @@ def test_evaluation_and_another_run_in_a_checkpoint_change_nothing() -> None:
         balance_loads(other)
     assert bias_of(plain).abs().max() >= 3 * RATE
     assert torch.equal(bias_of(plain), bias_of(other))
+
+
+def test_a_step_moves_what_its_optimizer_trains_and_nothing_frozen() -> None:
+    model = nn.ModuleList([layer_of(), layer_of(), layer_of()])
+    model[2].requires_grad_(False)
+    for layer in model:
+        layer(tokens(0))
+    optimizer = torch.optim.SGD(model[0].parameters(), lr=0.1)
+    balance_loads(model, optimizer)
+    assert [bool(bias_of(layer).any()) for layer in model] == [True, False, False]  # type: ignore[arg-type]
+    balance_loads(model)
+    assert [bool(bias_of(layer).any()) for layer in model] == [True, True, False]  # type: ignore[arg-type]
 
 
 def test_the_bias_chooses_and_does_not_weigh() -> None:
@@ -198,3 +211,35 @@ def test_a_forward_without_gradients_is_told_where_its_losses_should_train() -> 
     y = checkpoint(model, tokens(0).requires_grad_(), use_reentrant=True)
     with pytest.warns(UserWarning, match="use_reentrant=False"):
         (y.sum() + aux_loss(model)).backward()
+
+
+def language_model() -> MoELlamaLM:
+    torch.manual_seed(0)
+    return MoELlamaLM(num_layers=2, hidden_size=16, ffn_size=16, num_heads=2, balance_rate=RATE, aux_loss_coef=0.0)
+
+
+def rows_of(steps: int) -> Tensor:
+    return torch.randint(256, (steps, 4, 17), generator=torch.Generator().manual_seed(0))
+
+
+def fitted(world_size: int, strategy: Any, rank: int) -> list[list[float]]:
+    model = language_model()
+    mine = [each[rank::world_size] for each in rows_of(6)]
+    batches = [{"input_ids": each[:, :-1], "labels": each[:, 1:]} for each in mine]
+    loader: Any = torch.utils.data.DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+    make_trainer(world_size, strategy=strategy, precision=32, max_epochs=1, limit_val_batches=0).fit(
+        model, loader, loader
+    )
+    return [bias_of(layer).tolist() for layer in model.modules() if isinstance(layer, MoELayer)]
+
+
+def _under_strategies(rank: int, world_size: int) -> list[list[list[float]]]:
+    return [fitted(world_size, strategy, rank) for strategy in ("ddp", FullyShardedStrategy())]
+
+
+@pytest.mark.distributed
+def test_ranks_under_ddp_and_fsdp_have_the_bias_of_one_process() -> None:
+    expected = fitted(1, "auto", 0)
+    assert any(map(any, expected))
+    for rank in run_ranks(_under_strategies, 2, timeout=120):
+        assert rank == [expected, expected]

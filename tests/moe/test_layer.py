@@ -100,7 +100,7 @@ def test_wrong_size_of_tokens_is_refused() -> None:
 
 def test_auxiliary_losses_of_a_model_are_added_up() -> None:
     model = nn.Sequential(layer_of(), nn.Linear(4, 4).double(), layer_of(z_loss_coef=0.1))
-    with pytest.raises(ValueError, match=r"MoE layer '0' has not run yet.*Call the model first"):
+    with pytest.raises(ValueError, match=r"No MoE layer of Sequential has run yet.*Call the model first"):
         aux_loss(model)
     model(tokens(5))
     each = [layer.aux_loss for _, layer in moe_layers(model)]
@@ -108,6 +108,50 @@ def test_auxiliary_losses_of_a_model_are_added_up() -> None:
     torch.testing.assert_close(aux_loss(model), each[0] + each[1])  # type: ignore[operator]
     with pytest.raises(ValueError, match=r"Linear has no MoE layer.*Remove the call, or add a MoELayer"):
         aux_loss(nn.Linear(2, 2))
+
+
+def test_layers_that_did_not_run_since_backward_are_left_out() -> None:
+    first, second = layer_of(), layer_of()
+    model = nn.ModuleList([first, second])
+    (second(first(tokens(5))).sum() + aux_loss(model)).backward()
+    told = aux_loss(model)  # to be logged: of both, and without a graph
+    torch.testing.assert_close(told, first.aux_loss + second.aux_loss)  # type: ignore[operator]
+    assert not told.requires_grad
+    # Now the second is dropped.
+    (first(tokens(5)).sum() + (alone := aux_loss(model))).backward()
+    torch.testing.assert_close(alone, first.aux_loss)  # type: ignore[arg-type]
+
+
+def test_a_later_forward_is_not_taken_for_one_that_backward_has_used() -> None:
+    layer = layer_of()
+    earlier = layer(tokens(5)).sum() + aux_loss(layer)
+    later = layer(tokens(6)).sum()
+    earlier.backward()
+    assert aux_loss(layer).requires_grad
+    (later + aux_loss(layer)).backward()
+
+
+class Block(nn.Module):
+    """An operation that saves a tensor follows the layer: recomputation comes past its end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moe = layer_of(jitter=0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.moe(x).exp()
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_no_graph_is_kept_after_backward(checkpointed: bool) -> None:
+    model = nn.Sequential(Block(), Block())
+    x = tokens(5).requires_grad_()
+    for block in model:
+        x = checkpoint(block, x, use_reentrant=False) if checkpointed else block(x)
+    (x.sum() + aux_loss(model)).backward()
+    for _, layer in moe_layers(model):
+        assert layer.aux_loss is not None
+        assert layer.aux_loss.grad_fn is None
 
 
 def test_a_layer_that_has_run_can_be_copied() -> None:
@@ -213,10 +257,12 @@ def test_the_papers_baseline_refuses_noise_that_it_does_not_know() -> None:
 
 def _unequal(rank: int, world: int, what: str) -> tuple[str, list[str], float]:
     model = nn.Sequential(layer_of(), layer_of())
-    parallelize(model, MoETopology.create(MoESizes(2, 2, 1)), verify_inputs=what == "values")
+    parallelize(model, MoETopology.create(MoESizes(2, 2, 1)), verify_inputs=what != "counts")
     x = tokens(6)
     if what == "counts":
         x = x[: 5 if rank == 3 else 6]
+    elif what == "NaN":
+        x = x.clone().index_fill(0, torch.tensor([2]), math.nan) if rank == 1 else x
     elif rank == 1:
         x = x + 0.1
     with count_collectives() as seen, pytest.raises(ValueError, match="MoE layer '0'") as caught:
@@ -231,6 +277,7 @@ def _unequal(rank: int, world: int, what: str) -> tuple[str, list[str], float]:
     [
         ("counts", r"MoE layer '0' got 5 tokens on one rank and 6 on another: .* set drop_last=True"),
         ("values", r"The tokens of MoE layer '0' differ across an MP group \(checksums by .* Feed the same batch"),
+        ("NaN", r"The tokens of MoE layer '0' differ across an MP group \(checksums by .* Feed the same batch"),
     ],
 )
 def test_all_ranks_raise_the_same_error_before_a_row_is_sent(what: str, message: str) -> None:

@@ -6,10 +6,12 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch.distributed.checkpoint import FileSystemReader
 
 from lightning_efficient._links import AlphaBeta
-from lightning_efficient.moe import SCHEDULES, FixedSchedule, MoETopology
+from lightning_efficient.models import MoELlamaLM
+from lightning_efficient.moe import SCHEDULES, FixedSchedule, MoELayer, MoETopology
 from lightning_efficient.moe.planning import AutoSchedule, LayerShape, Links, Plan, auto
 from lightning_efficient.moe.planning.links import LINKS
 from lightning_efficient.strategies._parm_schedules import Schedules
@@ -25,9 +27,10 @@ from tests.strategies.parm_toys import (
     fit,
     parm,
     train_alone,
+    weights_of,
 )
 from tests.support.ranks import run_ranks
-from tests.support.trainers import logged_lines
+from tests.support.trainers import logged_lines, make_trainer
 
 pytestmark = pytest.mark.distributed
 
@@ -188,3 +191,36 @@ def test_a_plan_of_another_release_is_measured_anew() -> None:
     with recorded_warnings() as warned:
         schedules.load_state_dict({"auto": {"kept": [], "plan": {"schema": 0}}}, may_drop=True)
     assert ["cannot be read" in text for text in warned] == [True]
+
+
+def test_no_tokens_are_no_shape_and_many_shapes_are_not_all_told() -> None:
+    schedules, layer = Schedules(FixedSchedule(SCHEDULES["s1"])), MoELayer(8, 16, 4)
+    schedules.schedule_for(layer, torch.zeros(0, 8))
+    assert schedules.used == {}
+    told = 0
+    for tokens in range(1, 100):
+        schedules.schedule_for(layer, torch.zeros(tokens, 8))
+        told += len(schedules.untold())
+    assert told == 16
+    assert len(schedules.used) == 99
+
+
+def _averaged(rank: int, world_size: int) -> tuple[bool, list[str]]:
+    torch.manual_seed(0)
+    model = MoELlamaLM(num_layers=2, hidden_size=16, ffn_size=16, num_heads=2)
+    ids = torch.randint(256, (4, 17), generator=torch.Generator().manual_seed(rank))
+    batches = [{"input_ids": ids[:, :-1], "labels": ids[:, 1:]}] * 4
+    loader: Any = torch.utils.data.DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+    average = EMAWeightAveraging(decay=0.5)
+    trainer = make_trainer(
+        world_size, strategy=parm((1, 2, 1)), callbacks=[average], precision=32, max_epochs=1, val_check_interval=2
+    )
+    trainer.fit(model, loader, loader)
+    kept = [type(each).__name__ for each in model.parameters() if each.ndim > 2]
+    return all(bool(each.isfinite().all()) for each in weights_of(model).values()), kept
+
+
+def test_lightnings_weight_averaging_copies_the_experts_that_train() -> None:
+    for finite, kept in run_ranks(_averaged, 2, timeout=120):
+        assert finite
+        assert set(kept) <= {"DTensor", "Parameter"}

@@ -11,15 +11,18 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 from typing_extensions import override
 
 import lightning_efficient
 from lightning_efficient.strategies import ParmStrategy
 from tests.compression.harness import recorded_warnings
-from tests.strategies.parm_toys import Batch, Data, MoEModule, fit, message_of, parm
+from tests.strategies.parm_toys import DIM, Batch, Data, MoEModule, fit, message_of, parm
 from tests.support.collectives import count_collectives
 from tests.support.ranks import rank_outcomes, run_ranks
+from tests.support.trainers import make_trainer
 
 TIMEOUT_S = 10.0
 
@@ -94,6 +97,21 @@ class Altered(MoEModule):
         return super().loss((x, y))
 
 
+class Predicts(MoEModule):
+    def predict_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return self.net(batch[0].to(self.net[0].weight.dtype))  # type: ignore[union-attr, no-any-return]
+
+
+def _predict(world_size: int, *, samples: int) -> str:
+    trainer = make_trainer(world_size, strategy=parm((1, 2, 1)), precision=32, use_distributed_sampler=True)
+    loader = DataLoader(TensorDataset(torch.zeros(samples, 3, DIM)), batch_size=4)
+    try:
+        trainer.predict(Predicts(), loader)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
 def _refusals(rank: int, world_size: int) -> dict[str, Any]:
     seen: dict[str, Any] = {}
     with count_collectives() as sent:
@@ -109,6 +127,10 @@ def _refusals(rank: int, world_size: int) -> dict[str, Any]:
     seen["tokens"] = message_of(world_size, parm((2, 1, 1), verify_inputs=True), Altered("other tokens"))
     for key, sizes in (("fewer, EP", (1, 2, 1)), ("fewer, MP", (2, 2, 1))):
         seen[key] = message_of(world_size, parm(sizes), Altered("fewer tokens"))
+    scaled = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))
+    seen["scaled"] = message_of(world_size, parm((1, 2, 1)), precision=None, plugins=[scaled])
+    seen["predict"] = _predict(world_size, samples=9)
+    seen["predict evenly"] = _predict(world_size, samples=8)
     module, _ = fit(world_size, parm((1, 2, 1)))
     seen["other sizes"] = message_of(world_size, parm((1, 1, 2)), module)
     seen["same sizes"] = message_of(world_size, parm((1, 2, 1)), module)
@@ -138,6 +160,19 @@ def test_lightnings_own_refusals_are_kept(refusals: list[dict[str, Any]]) -> Non
     for seen in refusals:
         assert seen["no hook"].startswith("TypeError: When using the ParmStrategy, you are required to override the")
         assert seen["compiled"].startswith("RuntimeError: Using a compiled model is incompatible with the current")
+
+
+@pytest.mark.distributed
+def test_scaled_losses_are_refused(refusals: list[dict[str, Any]]) -> None:
+    for seen in refusals:
+        assert seen["scaled"].startswith("ValueError: precision='16-mixed' scales losses")
+
+
+@pytest.mark.distributed
+def test_unequal_shares_to_predict_are_one_error_and_no_hang(refusals: list[dict[str, Any]]) -> None:
+    for seen in refusals:
+        assert seen["predict"].startswith("ValueError: predict gives 4 samples to one rank and 5 to another")
+        assert seen["predict evenly"] == "no error"
 
 
 @pytest.mark.distributed

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from rich.console import Console
 
 from lightning_efficient.cli.errors import CommandParser, UserError
+from lightning_efficient.cli.files import require_file, require_folder
 from lightning_efficient.cli.ranks import run_on_ranks, settle_backend, settle_ranks
 from lightning_efficient.dissect.collectives import OPS, SIZES, CommReport, sweep
 from lightning_efficient.dissect.report.html import Section, markdown, page
@@ -174,6 +175,10 @@ def _check(options: argparse.Namespace) -> None:
     for name, value, least in (("world-size", options.world_size, 2), ("repeats", options.repeats, 1)):
         if value < least:
             raise UserError(f"--{name} {value}: {least} or more are needed to measure a link. Give {least} or more.")
+    if options.out:
+        require_folder(options.out, "--out")
+    if options.json:
+        require_file(options.json, "--json")
     options.backend = settle_backend(options.backend, options.world_size)
 
 

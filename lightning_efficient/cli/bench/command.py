@@ -17,6 +17,7 @@ from lightning_efficient.cli.bench.store import Store, read_results
 from lightning_efficient.cli.bench.summary import lead, rate
 from lightning_efficient.cli.bench.sweep import FORMATS, Sweep, read_sweep
 from lightning_efficient.cli.errors import CommandParser, UserError
+from lightning_efficient.cli.files import require_folder
 from lightning_efficient.dissect.report.numbers import quantity
 from lightning_efficient.dissect.result import CaseResult
 
@@ -33,6 +34,7 @@ examples:
   lightning-efficient bench -c bench/paper --only model=7b --only technique=none,F,R,F+R,L,LFA
   lightning-efficient bench -c bench/quick --retry failed                those that failed once more
 """
+_RETRIED = {"failed": ("failed", "timeout"), "oom": ("oom",)}
 _STYLES = {"ok": "green", "skipped": "dim", "oom": "yellow", "timeout": "yellow"}
 
 
@@ -58,6 +60,7 @@ def main(argv: Sequence[str]) -> int:
         _list(cases, sweep, machine)
         return 0
     out = Path(options.out or sweep.report.out)
+    require_folder(out, "--out")
     with Store(out / RESULTS, fingerprint(sweep, everything), fresh=options.fresh) as store:
         try:
             _run(cases, sweep, machine, store, out, retry=options.retry)
@@ -131,7 +134,7 @@ def _is_done(result: CaseResult | None, retry: str | None) -> bool:
     """Whether a case need not run; a skipped one is looked at again, since what it lacked may be there by now."""
     if result is None or result.status == "skipped":
         return False
-    return not (retry == "all" or (retry == "failed" and result.status in ("failed", "timeout")))
+    return retry != "all" and result.status not in _RETRIED.get(retry or "", ())
 
 
 def _beyond(case: Case, results: Mapping[str, CaseResult]) -> str:
@@ -200,7 +203,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", metavar="DIR", help="folder of the results (default: the sweep's report.out)")
     resume = parser.add_mutually_exclusive_group()
     resume.add_argument("--resume", action="store_true", help="run only what is missing in the folder (the default)")
-    resume.add_argument("--fresh", action="store_true", help="begin anew; the results there become results.old.jsonl")
-    add("--retry", choices=["failed", "all"], help="also run again what failed or ran out of time, or everything")
+    resume.add_argument(
+        "--fresh", action="store_true", help="begin anew; the results there become results.old.jsonl (.old2, ...)"
+    )
+    add(
+        "--retry",
+        choices=["failed", "oom", "all"],
+        help="also run again what failed or ran out of time, what ran out "
+        "of memory (its limit was raised, or others have left), or everything",
+    )
     add("--strict", action="store_true", help="a case that needs a GPU where there is none is an error, no skip")
     return parser

@@ -32,7 +32,10 @@ _ERROR_LINE = re.compile(
     r"^(?:\[rank ?\d+\]:? ?)?(?:error: .+|(?:[A-Za-z_]+\.)*[A-Z]\w*(?:Error|Exception|Interrupt)\b.*)$"
 )
 _RANK = re.compile(r"^\[rank ?\d+\]:? ?")
-_LAUNCHED = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+# By these a case would take itself for a rank of the job that the sweep runs in.
+_LAUNCHED = re.compile(
+    r"(LOCAL_|GROUP_|NODE_)?RANK|(LOCAL_)?WORLD_SIZE|MASTER_(ADDR|PORT)|(TORCHELASTIC|SLURM|LSB|OMPI|PMI)_\w+"
+)
 
 
 def run_case(case: Case, sweep: Sweep, folder: Path, *, tick: Callable[[], None] = lambda: None) -> CaseResult:
@@ -59,6 +62,13 @@ def run_case(case: Case, sweep: Sweep, folder: Path, *, tick: Callable[[], None]
     report = read_json(DissectReport, folder / REPORT)
     if report.loss is not None and not math.isfinite(report.loss):
         return replace(result, status="diverged", reason=f"The loss became {report.loss}: its speed means nothing.")
+    ranks, wanted = report.machine.world_size, int(case.axes["world"])
+    if ranks < wanted:
+        return replace(
+            result,
+            status="failed",
+            reason=f"It ran on {ranks} of {wanted} processes: see {folder / LOG} for the reason.",
+        )
     return replace(result, report=report)
 
 
@@ -85,7 +95,7 @@ def _run(command: list[str], sweep: Sweep, log: Path, tick: Callable[[], None]) 
     limits = sweep.limits
     n_bytes = int((limits.memory_gib or 0) * _GIB)
     guard = [sys.executable, "-I", "-S", str(Path(__file__).with_name("_guard.py")), str(os.getpid()), str(n_bytes)]
-    environment = {key: value for key, value in os.environ.items() if key not in _LAUNCHED}
+    environment = {key: value for key, value in os.environ.items() if not _LAUNCHED.fullmatch(key)}
     environment["PYTHONUNBUFFERED"] = "1"
     if limits.threads is not None:
         environment["OMP_NUM_THREADS"] = str(limits.threads)

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lightning_efficient.cli.bench.serve_model import Served, model_of_recipe
 from lightning_efficient.cli.bench.serve_report import headline, latency_table, summary_table, write_report
 from lightning_efficient.cli.errors import CommandParser, UserError
+from lightning_efficient.cli.files import require_file, require_folder
 from lightning_efficient.cli.recipes import require_recipe
 from lightning_efficient.dissect.result import write_json
 from lightning_efficient.dissect.serving import (
@@ -119,6 +120,10 @@ def _check(options: argparse.Namespace) -> None:
     for name, value in (("max-batch", options.max_batch), ("prompt-tokens", options.prompt_tokens)):
         if value is not None and value < 1:
             raise UserError(f"--{name} {value}: at least 1 is needed to generate. Give 1 or more.")
+    if options.out:
+        require_folder(options.out, "--out")
+    if options.json:
+        require_file(options.json, "--json")
     if not options.timeout > 0:
         raise UserError(f"--timeout {options.timeout:g}: it is a time in seconds. Give a number above 0.")
 
@@ -130,6 +135,8 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise UserError(f"--device {name}: torch knows no such device. Give auto, cpu or cuda.") from error
+    if device.type not in ("cpu", "cuda", "mps") or (device.type == "mps" and not torch.backends.mps.is_available()):
+        raise UserError(f"--device {name}: no model runs there on this machine. Give auto, cpu or cuda.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices here. Give auto or cpu.")
     return device

@@ -9,10 +9,11 @@ from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.plugins import Precision
 from torch import nn
 from typing_extensions import override
 
-from lightning_efficient.callbacks import LoRAFA
+from lightning_efficient.callbacks import LoRAFA, PEFTAdapter
 from lightning_efficient.cli.efficient_cli import EfficientCLI
 from lightning_efficient.cli.errors import UserError
 from lightning_efficient.models import CausalLM
@@ -98,8 +99,15 @@ def _in_words(device: torch.device) -> str:
 
 
 def _left_out(cli: EfficientCLI) -> tuple[str, ...]:
-    given = cli.config_init["trainer"].get("callbacks") or []
-    callbacks = given if isinstance(given, list) else [given]
-    if any(isinstance(each, LoRAFA) for each in callbacks):
-        return ("The recipe's LoRAFA was not run: the model is served without its adapters.",)
-    return ()
+    trainer = cli.config_init["trainer"]
+    adapters = [each for each in _listed(trainer, "callbacks") if isinstance(each, (LoRAFA, PEFTAdapter))]
+    precisions = [each for each in _listed(trainer, "plugins") if isinstance(each, Precision)]
+    return (
+        *(f"The recipe's {type(each).__name__} was not run: the model is served without it." for each in adapters),
+        *(f"The recipe's {type(each).__name__} was not run: weights are served as built." for each in precisions),
+    )
+
+
+def _listed(config: Any, key: str) -> list[Any]:
+    given = config.get(key) or []
+    return given if isinstance(given, list) else [given]

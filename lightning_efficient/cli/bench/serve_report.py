@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning_efficient.dissect.report import Column, Section, Table, bar_chart, line_chart, markdown, page, quantity
+from lightning_efficient.dissect.report import (
+    Column,
+    Measured,
+    Section,
+    Table,
+    bar_chart,
+    line_chart,
+    markdown,
+    page,
+    quantity,
+)
 from lightning_efficient.dissect.result import write_json
 from lightning_efficient.dissect.serving import CdfPoint, ServingReport, ServingResult
 
@@ -52,20 +62,23 @@ def summary_table(reports: Sequence[ServingReport]) -> Table:
 
 
 def latency_table(reports: Sequence[ServingReport]) -> Table:
-    """Percentiles of each latency; every cell has its own unit, as they differ by orders of magnitude."""
+    """Percentiles of each latency; each row has its own unit, as they differ by orders of magnitude."""
     rows = []
     for name, field in _LATENCIES.items():
         for report in reports:
             found = getattr(report, field)
-            values = [None] * 4 if found is None else [found.p50, found.p90, found.p99, found.max]
-            rows.append([f"{name}, {report.batching}", *(quantity(value, "s") for value in values)])
+            values: list[float | None] = [None] * 4 if found is None else [found.p50, found.p90, found.p99, found.max]
+            rows.append(
+                [f"{name}, {report.batching}", *(None if value is None else Measured(value, "s") for value in values)]
+            )
     return Table(["latency", "p50", "p90", "p99", "max"], rows, caption="Latencies")
 
 
 def headline(reports: Sequence[ServingReport]) -> list[str]:
     """Return what a hurried reader needs: the comparison, what served, and what failed."""
     lines = []
-    by_name = {each.batching: each for each in reports if each.finished}
+    # Of a run that was cut off the early requests alone were finished: its figures compare with nothing.
+    by_name = {each.batching: each for each in reports if each.finished and not each.failed}
     static, continuous = by_name.get("static"), by_name.get("continuous")
     if static and continuous and static.e2e and continuous.e2e and static.ttft and continuous.ttft:
         gain = continuous.output_tokens_per_s / static.output_tokens_per_s
@@ -88,7 +101,8 @@ def headline(reports: Sequence[ServingReport]) -> list[str]:
             )
     lines += [
         f"{each.batching.capitalize()} batching: {each.failed} of {each.failed + each.finished} requests were not "
-        "finished in time and are in no figure. Give a longer --timeout, or a smaller load."
+        "finished in time and are in no figure, so it is compared with nothing. Give a longer --timeout, or a smaller "
+        "load."
         for each in reports
         if each.failed
     ]

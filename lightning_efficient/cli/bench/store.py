@@ -27,7 +27,7 @@ class Store:
     Args:
         path: the file; made if it is not there, with its folder.
         fingerprint: of the sweep; see :func:`lightning_efficient.cli.bench.cases.fingerprint`.
-        fresh: whether to begin anew; the file that was there is kept as ``*.old.jsonl``.
+        fresh: whether to begin anew; the file that was there is kept as ``*.old.jsonl``, ``*.old2.jsonl``, ...
 
     Attributes:
         results: by case, in the order of the file.
@@ -49,7 +49,7 @@ class Store:
             ) from error
         try:
             if fresh and path.exists():
-                path.replace(path.with_suffix(".old.jsonl"))
+                path.replace(_free_name(path))
             self.results = self._read(fingerprint) if path.exists() and path.stat().st_size else {}
             self._file = path.open("a", encoding="utf-8")
             if not self._file.tell():
@@ -105,6 +105,11 @@ def read_results(path: Path) -> list[CaseResult]:
     return list(_parse(path)[1].values())
 
 
+def _free_name(path: Path) -> Path:
+    names = (path.with_suffix(f".old{number or ''}.jsonl") for number in (0, *range(2, 10_000)))
+    return next(each for each in names if not each.exists())
+
+
 def _drop_half_line(path: Path) -> int:
     """Cut off what a killed process wrote of its last line; return the bytes that stay."""
     whole = path.read_bytes()
@@ -119,9 +124,11 @@ def _drop_half_line(path: Path) -> int:
 
 
 def _parse(path: Path) -> tuple[str, dict[str, CaseResult]]:
-    text = path.read_text(encoding="utf-8")
-    lines = text[: text.rfind("\n") + 1].splitlines()
     try:
+        text = path.read_text(encoding="utf-8")
+        lines = text[: text.rfind("\n") + 1].splitlines()
+        if not lines:
+            raise UserError(f"{path} holds nothing yet: the sweep has only begun. Wait for its first case.")
         head, *rest = [json.loads(line) for line in lines]
     except ValueError as error:
         raise UserError(

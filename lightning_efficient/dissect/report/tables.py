@@ -8,9 +8,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 
-from lightning_efficient.dissect.report.numbers import column, largest, scale
+from lightning_efficient.dissect.report.numbers import column, largest, quantity, scale
 
-Cell = str | float | int | None
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A number with a unit of its own, where those of a column differ by orders of magnitude.
+
+    Attributes:
+        value: in the base unit.
+        unit: see :func:`lightning_efficient.dissect.report.numbers.scale`.
+    """
+
+    value: float
+    unit: str
+
+
+Cell = str | float | int | Measured | None
 _NONE = "\u2013"
 _LONG = 40  # characters from which a cell on the page may wrap, but not into a thread
 _LEAST_NAME = 30  # characters of the first column in plain text
@@ -72,7 +86,8 @@ class Table:
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(name.replace("_%", "").replace("_x", "") for name in names)
-        writer.writerows(self.rows)  # None is written as nothing
+        # None is written as nothing.
+        writer.writerows([each.value if isinstance(each, Measured) else each for each in row] for row in self.rows)
         return text.getvalue()
 
     def html(self) -> str:
@@ -136,14 +151,14 @@ class Table:
         return heads, [list(row) for row in zip(*columns, strict=True)]
 
     def _numeric(self) -> list[bool]:
-        return [any(isinstance(row[at], (int, float)) for row in self.rows) for at in range(len(self.heads))]
+        return [any(_value(row[at]) is not None for row in self.rows) for at in range(len(self.heads))]
 
     def _cell(self, row: Sequence[Cell], shown: Sequence[str], at: int, right: bool) -> str:
-        value, style = row[at], ""
-        if self.heads[at].bar and isinstance(value, (int, float)):
-            top = largest(each[at] for each in self.rows)
+        value, style = _value(row[at]), ""
+        if self.heads[at].bar and value is not None:
+            top = largest(_value(each[at]) for each in self.rows)
             style = f' style="--w:{100 * value / top if top else 0:.1f}%"'
-        number = f' data-v="{value!r}"' if isinstance(value, (int, float)) else ""
+        number = f' data-v="{value!r}"' if value is not None else ""
         tag, scope = ("th", ' scope="row"') if at == 0 else ("td", "")
         kind = ' class="t"' if len(shown[at]) > _LONG and not right else _right(right)
         return f"<{tag}{scope}{kind}{number}{style}>{escape(shown[at])}</{tag}>"
@@ -151,7 +166,19 @@ class Table:
 
 def _texts(cells: Sequence[Cell], factor: float, digits: int) -> list[str]:
     numbers = iter(column([cell for cell in cells if isinstance(cell, (int, float))], factor, digits=digits))
-    return [_NONE if cell is None else cell if isinstance(cell, str) else next(numbers) for cell in cells]
+    return [next(numbers) if isinstance(cell, (int, float)) else _text(cell) for cell in cells]
+
+
+def _text(cell: str | Measured | None) -> str:
+    if isinstance(cell, Measured):
+        return quantity(cell.value, cell.unit)
+    return _NONE if cell is None else cell
+
+
+def _value(cell: Cell) -> float | int | None:
+    if isinstance(cell, Measured):
+        return cell.value
+    return cell if isinstance(cell, (int, float)) else None
 
 
 def _right(right: bool) -> str:

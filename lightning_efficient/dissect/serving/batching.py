@@ -33,7 +33,7 @@ class Decoder(Protocol):
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of keys and values, the most that were held."""
+        """Bytes that keys and values take now."""
         ...
 
     def prefill(self, slots: Sequence[int], prompts: Sequence[Sequence[int]]) -> list[int]:
@@ -143,7 +143,7 @@ class ServingRun:
         tokens: of each answer, as far as it got.
         prefills: calls that read prompts.
         active_slots: for each decoding step, how many of the batch's places held an unfinished request.
-        cache_bytes: of the decoder, after the run.
+        cache_bytes: of the decoder, the most between two steps.
     """
 
     batching: str
@@ -276,6 +276,7 @@ class _Server:
         self._answers = tuple(self._coming)
         self._finished = 0
         self._prefills = 0
+        self._cache_bytes = 0
         self._active: list[int] = []
         self._start_s = 0.0
         self._known_s = deque(arrivals.known_s())
@@ -285,8 +286,9 @@ class _Server:
         while self._finished < len(self._answers) and self._now() < timeout_s:
             self._welcome()
             # Again, as an answer of one token frees its slot at once.
-            while admitted := self._batching.admits(len(self._waiting), len(self._slots)):
+            while self._now() < timeout_s and (admitted := self._batching.admits(len(self._waiting), len(self._slots))):
                 self._prefill(admitted)
+                self._welcome()
             if self._slots:
                 self._decode()
             elif not self._waiting and self._known_s:
@@ -300,7 +302,7 @@ class _Server:
             tokens=tuple(tuple(each.tokens) for each in self._answers),
             prefills=self._prefills,
             active_slots=tuple(self._active),
-            cache_bytes=self._decoder.cache_bytes,
+            cache_bytes=self._cache_bytes,
         )
 
     def _now(self) -> float:
@@ -337,6 +339,7 @@ class _Server:
 
     def _add(self, answers: dict[int, _Answer], tokens: list[int]) -> None:
         now = self._now()
+        self._cache_bytes = max(self._cache_bytes, self._decoder.cache_bytes)
         for answer, token in zip(answers.values(), tokens, strict=True):
             answer.computed += 1
             if answer.finished:

@@ -112,7 +112,7 @@ class ServingReport:
             without such a step.
         prefills: calls that read prompts.
         decode_steps: calls that added a token to each request of the batch.
-        cache_bytes: of keys and values, the most that were held.
+        cache_bytes: of keys and values, the most between two steps; what the in-tree Llama reserves.
         ttft: time to first token; None where no request finished, as the next three.
         itl: inter-token latency, over all gaps of all requests; None if there are none.
         tpot: time per output token after the first; None if there are none.

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from lightning_efficient.models.generation.checks import check_max_len, check_prompts
 from lightning_efficient.models.generation.sampling import Pick, greedy
 
+_SAME = 0.02  # logits of equal positions differ by rounding alone, also in bfloat16
+
 
 class HFDecoder:
     """A :class:`~lightning_efficient.dissect.serving.Decoder` over a ``DynamicCache``.
@@ -46,7 +48,7 @@ class HFDecoder:
         self._rows: list[int] = []
         self._cache: _Columns | None = None
         self._last: dict[int, int] = {}
-        self._most_bytes = 0
+        self._reads_mask = self._takes_positions
 
     @property
     def slots(self) -> int:
@@ -60,8 +62,8 @@ class HFDecoder:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of keys and values, the most that were held between two steps."""
-        return self._most_bytes
+        """Bytes of keys and values that are held now."""
+        return 0 if self._cache is None else self._cache.n_bytes
 
     @torch.inference_mode()
     def prefill(self, slots: Sequence[int], prompts: Sequence[Sequence[int]]) -> list[int]:
@@ -69,9 +71,10 @@ class HFDecoder:
 
         Raises:
             ValueError: a slot is in use or does not exist, a prompt is empty or too long, the model keeps something
-                else than keys and values, or its logits are not finite.
+                else than keys and values, its positions do not begin where a prompt does, or its logits are not finite.
         """
         check_prompts(slots, prompts, in_use=self._last, n_slots=self._slots, max_len=self._max_len)
+        self._require_positions()
         longest = max(len(prompt) for prompt in prompts)
         ids_NT = torch.zeros(len(prompts), longest, dtype=torch.int64)
         mask_NT = torch.zeros_like(ids_NT)
@@ -140,10 +143,26 @@ class HFDecoder:
             )
         return _Columns.of(getattr(out, "past_key_values", None), mask_NC), self._pick(logits_NV).tolist()
 
+    def _require_positions(self) -> None:
+        """Refuse a model that counts positions from the padding: tried once, where it is not told them."""
+        if self._reads_mask:
+            return
+        ids_2T = torch.tensor([[0, 0, 1, 2, 3]], device=self._device)
+        mask_2T = torch.tensor([[0, 0, 1, 1, 1]], device=self._device)
+        padded_V, alone_V = (
+            self._model(input_ids=ids_2T[:, begin:], attention_mask=mask_2T[:, begin:]).logits[0, -1].float()
+            for begin in (0, 2)
+        )
+        if (padded_V - alone_V).abs().max() > _SAME * alone_V.abs().max():
+            raise ValueError(
+                f"{type(self._model).__name__} counts positions from the padding on the left, and takes no "
+                "position_ids: shorter prompts in a batch would get wrong answers. Use another model, or "
+                "transformers' generate with one prompt at a time."
+            )
+        self._reads_mask = True
+
     def _note(self, slots: Sequence[int], tokens: list[int]) -> list[int]:
         self._last.update(zip(slots, tokens, strict=True))
-        assert self._cache is not None
-        self._most_bytes = max(self._most_bytes, self._cache.n_bytes)
         return tokens
 
 

@@ -74,6 +74,42 @@ def test_auto_doubles_until_memory_ends_and_no_further(workplace: Path, capsys: 
     assert results[2].reason == "micro_batch 2 ran out of memory: larger ones are not tried."
     assert "Largest batch: 1." in capsys.readouterr().out
     assert len(runs(workplace)) == 2
+    # What ran out of memory runs again when that is asked for, and what ran well does not.
+    assert main(["-c", "sweep.yaml", "--out", "out", "--retry", "failed"]) == 0
+    assert len(runs(workplace)) == 2
+    assert main(["-c", "sweep.yaml", "--out", "out", "--retry", "oom"]) == 0
+    assert len(runs(workplace)) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_case_is_no_rank_of_the_job_that_the_sweep_runs_in(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inside_slurm = {"JOB_ID": 1, "NTASKS": 1, "JOB_NAME": "sweep", "PROCID": 0, "LOCALID": 0, "NODEID": 0, "NNODES": 1}
+    for name, value in {**inside_slurm, "NODELIST": "localhost"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    write_sweep(workplace, {"world": [2]})
+    assert main(["-c", "sweep.yaml", "--out", "out"]) == 0
+    (result,) = read_results(workplace / "out/results.jsonl")
+    assert result.report is not None
+    assert result.report.machine.world_size == 2
+
+
+@pytest.mark.slow
+def test_a_case_on_fewer_processes_than_asked_for_failed(workplace: Path) -> None:
+    write_sweep(workplace, {"world": [2]}, keys={"world": "trainer.max_steps"})
+    assert main(["-c", "sweep.yaml", "--out", "out"]) == 1
+    (result,) = read_results(workplace / "out/results.jsonl")
+    assert (result.status, result.report) == ("failed", None)
+    assert "It ran on 1 of 2 processes" in result.reason
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_anything_runs(workplace: Path) -> None:
+    (workplace / "taken").touch()
+    write_sweep(workplace, {"kind": ["ok"]})
+    with pytest.raises(UserError, match="--out taken: the folder cannot be made"):
+        main(["-c", "sweep.yaml", "--out", "taken"])
+    assert runs(workplace) == []
 
 
 @pytest.mark.slow

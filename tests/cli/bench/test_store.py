@@ -60,6 +60,20 @@ def test_another_sweep_is_refused_and_fresh_keeps_the_old_file(tmp_path: Path) -
     with Store(path, "other", fresh=True) as store:
         assert store.results == {}
     assert len(read_results(tmp_path / "r.old.jsonl")) == 2
+    Store(path, "third", fresh=True).close()
+    assert len(read_results(tmp_path / "r.old.jsonl")) == 2
+    assert read_results(tmp_path / "r.old2.jsonl") == []
+
+
+def test_files_that_hold_nothing_or_no_text_are_told_apart(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    path.touch()
+    with pytest.raises(UserError, match="has only begun"):
+        read_results(path)
+    filled(path)
+    path.write_bytes(path.read_bytes() + b"\xff\n")
+    with pytest.raises(UserError, match="is damaged"):
+        read_results(path)
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:

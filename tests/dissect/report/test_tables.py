@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_efficient.dissect.report import Column, Table
+from lightning_efficient.dissect.report import Column, Measured, Table
 
 TABLE = Table(
     ["module", Column("time", "s", bar=True), Column("calls")],
@@ -84,3 +84,11 @@ def test_any_cells_come_back_from_csv_and_html(rows: list[tuple[str | int | None
     parser.feed(table.html())
     shown = [cell for row in table.shown()[1] for cell in row]
     assert [text.strip() for text in parser.texts[2:]] == [cell.strip() for cell in shown]
+
+
+def test_numbers_with_units_of_their_own_sort_by_what_they_are() -> None:
+    table = Table(["latency", "p50"], [["TTFT", Measured(1.2, "s")], ["ITL", Measured(0.0618, "s")], ["none", None]])
+    assert re.findall(r'data-v="([^"]*)"', table.html()) == ["1.2", "0.0618"]
+    assert table.csv() == "latency,p50\nTTFT,1.2\nITL,0.0618\nnone,\n"
+    _, rows = table.shown()
+    assert [cell.replace("\u00a0", " ") for _, cell in rows] == ["1.20 s", "61.8 ms", "\u2013"]

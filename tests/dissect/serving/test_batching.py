@@ -206,3 +206,22 @@ def test_a_batch_has_a_place() -> None:
     for make in (StaticBatching, ContinuousBatching):
         with pytest.raises(ValueError, match="is 0: a batch holds at least 1"):
             make(0)
+
+
+@pytest.mark.parametrize("arrivals", [Burst(200), ClosedLoop(2, 200)])
+def test_answers_of_one_token_look_at_the_clock_too(arrivals: Burst | ClosedLoop) -> None:
+    load = [Request((number,), 1) for number in range(200)]
+    decoder = Counting(2, prefill_s=0.02)
+    run = serve(decoder, load, arrivals, batching=StaticBatching(2), warm_up=False, timeout_s=0.2)
+    assert 0 < sum(each is not None for each in run.times) < 100
+    assert not decoder.held
+
+
+def test_the_cache_is_that_of_the_run_without_the_warm_up() -> None:
+    class Growing(Counting):
+        cache_bytes = property(lambda self: sum(map(len, self.held.values())), lambda self, value: None)  # type: ignore[assignment]
+
+    load = [Request((number,) * 5, 2) for number in range(4)]
+    decoder = Growing(4)  # warmed up with all four requests at once
+    run = serve(decoder, load, ClosedLoop(1, 4), batching=ContinuousBatching(4), timeout_s=30)
+    assert run.cache_bytes == 5 + 2  # one at a time: its prompt and its answer
