@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Generator, Iterable, Sized
+from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import timedelta
@@ -36,14 +36,9 @@ from lightning_efficient.moe import (
     moe_layers,
     parallelize,
 )
-from lightning_efficient.moe.agreement import (
-    broadcast_weights,
-    every_rank_has,
-    random_state_of_first,
-    share_random_state,
-)
-from lightning_efficient.moe.parameter_groups import kind_of
+from lightning_efficient.moe.agreement import broadcast_weights, random_state_of_first, share_random_state
 from lightning_efficient.moe.planning import LayerShape
+from lightning_efficient.strategies._parm_checks import refuse_mixed_groups, refuse_scaler, require_equal_shares
 from lightning_efficient.strategies._parm_schedules import Schedules, fixed_schedule, make_scheduler
 
 CHECKPOINT_KEY = "parm"
@@ -228,7 +223,7 @@ class ParmStrategy(ModelParallelStrategy):
     def setup_optimizers(self, trainer: Trainer) -> None:
         super().setup_optimizers(trainer)
         for optimizer in self.optimizers:
-            _check_groups(optimizer)
+            refuse_mixed_groups(optimizer)
         self._take_hooks_off()
         self.stats = MoEStats()
         self._sync = GradientSync(self._module, self.topology, bucket_mb=self.bucket_mb)
@@ -238,11 +233,7 @@ class ParmStrategy(ModelParallelStrategy):
     @override
     def setup_precision_plugin(self) -> None:
         super().setup_precision_plugin()
-        if getattr(self.precision_plugin, "scaler", None) is not None:
-            raise ValueError(
-                f"precision={self.precision_plugin.precision!r} scales losses, and torch's scaler takes no experts, "
-                "which are DTensors, beside other parameters. Set precision to bf16-mixed, bf16-true or 32-true."
-            )
+        refuse_scaler(self.precision_plugin)
         # Torch's functions take no DTensors and plain tensors together.
         self.precision_plugin.clip_grad_by_norm = self._clip_by_norm  # type: ignore[method-assign]
         self.precision_plugin.clip_grad_by_value = self._clip_by_value  # type: ignore[method-assign]
@@ -254,20 +245,8 @@ class ParmStrategy(ModelParallelStrategy):
             rank = self.distributed_sampler_kwargs["rank"]
             dataloader.worker_init_fn = partial(pl_worker_init_function, rank=rank)  # type: ignore[attr-defined]
         if self._module.trainer.predicting:
-            self._require_equal_shares(dataloader)
+            require_equal_shares(dataloader, self.topology)
         return super().process_dataloader(dataloader)
-
-    def _require_equal_shares(self, dataloader: object) -> None:
-        """Lightning repeats no sample in predict: ranks that get fewer would leave the others waiting."""
-        sampler = getattr(getattr(dataloader, "batch_sampler", None), "sampler", getattr(dataloader, "sampler", None))
-        own = len(sampler) if isinstance(sampler, Sized) else 0
-        counts = every_rank_has(own, self.topology.world)
-        if min(counts) != max(counts):
-            raise ValueError(
-                f"predict gives {min(counts)} samples to one rank and {max(counts)} to another: experts are shared, so "
-                "all ranks must bring equally many. Predict a number of samples that the "
-                f"{self.topology.dp.size} data-parallel ranks divide, or on one device."
-            )
 
     # ---- steps -----------------------------------------------------------------------------------------------------
 
@@ -399,23 +378,6 @@ class ParmStrategy(ModelParallelStrategy):
             f"{stats.dropped_share:.2%} of its assignments were dropped; {stats.overlapped} of {stats.buckets} buckets "
             "of gradients left while backward ran"
         )
-
-
-def _check_groups(optimizer: Optimizer) -> None:
-    """Refuse now what torch would refuse in the first step."""
-    for number, group in enumerate(optimizer.param_groups):
-        option = next((name for name in ("foreach", "fused") if group.get(name)), None)
-        if option is not None and len({kind_of(each) for each in _trainable(group["params"])}) > 1:
-            raise ValueError(
-                f"{type(optimizer).__name__}({option}=True) has experts and other parameters in its group {number}: "
-                "torch steps over DTensors or over plain tensors at once, not over both. Pass "
-                "lightning_efficient.moe.parameter_groups(self) instead of self.parameters(), or leave "
-                f"{option} out."
-            )
-
-
-def _trainable(parameters: Iterable[Tensor]) -> list[Tensor]:
-    return [each for each in parameters if each.requires_grad]
 
 
 def _is_lost_contact(error: BaseException) -> bool:
