@@ -15,6 +15,7 @@ from lightning_efficient.moe import (
     MoESizes,
     MoETopology,
     aux_loss,
+    balance,
     balance_loads,
     parallelize,
     schedule_named,
@@ -138,9 +139,10 @@ def test_a_bad_rate_is_refused(rate: float) -> None:
         layer_of(balance_rate=rate)
 
 
-def test_a_loop_that_forgets_to_move_it_is_told() -> None:
+def test_a_loop_that_forgets_to_move_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(balance, "_FORGOTTEN", 5)
     layer = layer_of()
-    for _ in range(999):
+    for _ in range(4):
         layer(tokens(0, 2))
     with pytest.warns(UserWarning, match="Call lightning_efficient.moe.balance_loads"):
         layer(tokens(0, 2))
