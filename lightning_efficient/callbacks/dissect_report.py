@@ -195,8 +195,7 @@ def _flops(
     model, hardware = sum(each.model for each in counted), sum(each.hardware for each in counted)
     notes = []
     if uncounted := sorted({name for each in counted for name in each.uncounted}):
-        more = " and more" if len(uncounted) > _NAMED else ""
-        notes.append(f"not counted, for no formula is known: {', '.join(uncounted[:_NAMED])}{more}")
+        notes.append(f"not counted, for no formula is known: {_some(uncounted)}")
     size = statistics.fmean(each.size for each in counted)
     if abs(size - 1) > _SAME_SIZE:
         notes.append(f"they are of a step {size:.2f} times the size of a clean one: MFU and HFU take that into account")
@@ -254,10 +253,9 @@ def _notes(parts: MeasurementParts) -> list[str]:
     return notes
 
 
-def _some(paths: Sequence[str]) -> str:
-    return ", ".join(path or "the whole model" for path in paths[:_NAMED]) + (
-        " and more" if len(paths) > _NAMED else ""
-    )
+def _some(names: Sequence[str]) -> str:
+    more = " and more" if len(names) > _NAMED else ""
+    return ", ".join(name or "the whole model" for name in names[:_NAMED]) + more
 
 
 def _sum_over_ranks(values: Sequence[float]) -> tuple[list[float], float]:

@@ -61,6 +61,7 @@ class SelectionBias(nn.Module):
         Args:
             counts_E: of this rank's model-parallel group.
         """
+        counts_E = counts_E.to(self.bias.dtype)  # one type on all ranks, also where a layer did not run
         self._counts_E = counts_E if self._counts_E is None else self._counts_E + counts_E
         self._forwards += 1
         if self._forwards == _FORGOTTEN:
@@ -84,7 +85,7 @@ class SelectionBias(nn.Module):
         Args:
             counts_E: of all ranks.
         """
-        self.bias += self.rate * (counts_E.mean() - counts_E).sign().to(self.bias)
+        self.bias += self.rate * (counts_E.mean() - counts_E).sign()
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

@@ -79,6 +79,7 @@ class MoELayer(nn.Module):
 
     Attributes:
         aux_loss: of the last forward; None before.
+        spent: whether backward has used it, and the layer has not run since.
         stats: what the last forward did.
         topology: the groups of ranks.
         scheduler: decides in which order the layer communicates.
@@ -122,7 +123,7 @@ class MoELayer(nn.Module):
         self.z_loss_coef = z_loss_coef
         self.aux_loss: Tensor | None = None
         self.stats: LayerStats | None = None
-        self._spent, self._forwards = False, 0
+        self.spent, self._forwards = False, 0
         self.topology = MoETopology()
         self.scheduler: Scheduler = FixedSchedule(SCHEDULES["s1"])
         self.check: InputCheck | None = None
@@ -159,7 +160,7 @@ class MoELayer(nn.Module):
         return y_SM.view(x.shape)
 
     def _note(self, aux_loss: Tensor, stats: LayerStats) -> None:
-        self.aux_loss, self.stats, self._spent = aux_loss, stats, False
+        self.aux_loss, self.stats, self.spent = aux_loss, stats, False
         self._forwards += 1
         if aux_loss.requires_grad:
             # By number and weakly: a hook that held the loss or the layer would keep both.
@@ -171,19 +172,14 @@ class MoELayer(nn.Module):
     def _spend(self, number: int) -> None:
         """Backward has used the loss of a forward: its graph is gone."""
         if self._forwards == number and self.aux_loss is not None:
-            self.aux_loss, self._spent = self.aux_loss.detach(), True
-
-    @property
-    def spent(self) -> bool:
-        """Whether backward has used the auxiliary loss, and the layer has not run since."""
-        return self._spent
+            self.aux_loss, self.spent = self.aux_loss.detach(), True
 
     @property
     def lost_gradient(self) -> bool:
         """Whether the auxiliary loss should train the router, and cannot: the forward ran without gradients."""
         wanted = self.training and self.router.weight.requires_grad and bool(self.aux_loss_coef or self.z_loss_coef)
         has_none = self.aux_loss is not None and not self.aux_loss.requires_grad
-        return wanted and has_none and not self._spent and torch.is_grad_enabled()
+        return wanted and has_none and not self.spent and torch.is_grad_enabled()
 
     def run(self, x_SM: Tensor, schedule: Schedule) -> tuple[Tensor, LayerStats]:
         """Run the layer by a schedule, and keep nothing.
@@ -232,11 +228,11 @@ def aux_loss(module: nn.Module) -> Tensor:
         raise ValueError(
             f"{type(module).__name__} has no MoE layer, and so no auxiliary loss. Remove the call, or add a MoELayer."
         )
-    if not any(layer.aux_loss is not None for layer in layers.values()):
+    ran = {name: layer for name, layer in layers.items() if layer.aux_loss is not None}
+    if not ran:
         raise ValueError(
             f"No MoE layer of {type(module).__name__} has run yet: there is no auxiliary loss. Call the model first."
         )
-    ran = {name: layer for name, layer in layers.items() if layer.aux_loss is not None}
     fresh = {name: layer for name, layer in ran.items() if not layer.spent} or ran
     for name, layer in fresh.items():
         if layer.lost_gradient:

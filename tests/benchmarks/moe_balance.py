@@ -9,9 +9,8 @@ weights, and with selection biases of several rates, over several seeds. Loads a
 
 import argparse
 import datetime
-import json
 import statistics
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from lightning_efficient.data import TextData
 from lightning_efficient.models import MoELlamaLM
 from lightning_efficient.moe import MoELayer, moe_layers
 from tests.benchmarks.machine import describe_machine
+from tests.benchmarks.pages import write_page
 
 OUT = Path(__file__).parents[2] / "docs" / "benchmarks" / "moe_balance_2core_cpu_202611"
 METHODS: dict[str, dict[str, float]] = {
@@ -132,9 +132,7 @@ def main(arguments: list[str] | None = None) -> None:
     text = page(runs, options)
     print(text)
     if not options.quick:
-        OUT.with_suffix(".md").write_text(text, encoding="utf-8")
-        raw = {"machine": describe_machine(), "runs": [asdict(run) for run in runs]}
-        OUT.with_suffix(".json").write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
+        write_page(OUT, text, runs)
 
 
 def page(runs: list[Run], options: argparse.Namespace) -> str:

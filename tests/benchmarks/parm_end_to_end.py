@@ -10,12 +10,11 @@ of each run, in which `auto` measures and chooses, do not count. Needs root and 
 
 import argparse
 import datetime
-import json
 import os
 import statistics
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -27,6 +26,7 @@ from lightning_efficient.cli.efficient_cli import EfficientCLI
 from lightning_efficient.moe import moe_layers
 from lightning_efficient.strategies import ParmStrategy
 from tests.benchmarks.machine import describe_machine
+from tests.benchmarks.pages import write_page
 from tests.netlab import Lab
 from tests.netlab.lab import INTERFACE
 from tests.support.ranks import run_ranks
@@ -134,9 +134,7 @@ def main(arguments: list[str] | None = None) -> None:
     text = page(runs, options)
     print(text)
     if not options.quick:
-        OUT.with_suffix(".md").write_text(text, encoding="utf-8")
-        raw = {"machine": describe_machine(), "runs": [asdict(run) for run in runs]}
-        OUT.with_suffix(".json").write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
+        write_page(OUT, text, runs)
 
 
 def page(runs: list[Run], options: argparse.Namespace) -> str:

@@ -147,10 +147,10 @@ class HFDecoder:
         """Refuse a model that counts positions from the padding: tried once, where it is not told them."""
         if self._reads_mask:
             return
-        ids_2T = torch.tensor([[0, 0, 1, 2, 3]], device=self._device)
-        mask_2T = torch.tensor([[0, 0, 1, 1, 1]], device=self._device)
+        ids_1T = torch.tensor([[0, 0, 1, 2, 3]], device=self._device)
+        mask_1T = torch.tensor([[0, 0, 1, 1, 1]], device=self._device)
         padded_V, alone_V = (
-            self._model(input_ids=ids_2T[:, begin:], attention_mask=mask_2T[:, begin:]).logits[0, -1].float()
+            self._model(input_ids=ids_1T[:, begin:], attention_mask=mask_1T[:, begin:]).logits[0, -1].float()
             for begin in (0, 2)
         )
         if (padded_V - alone_V).abs().max() > _SAME * alone_V.abs().max():
